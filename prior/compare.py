@@ -1,0 +1,86 @@
+"""The sampling modes side by side: one labelled sheet of pictures, and figures for a table."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prior.model import GatedPixelCNN
+from prior.sampling import sample
+from vqvae.common.data import NUM_CLASSES, Split, to_model_range, to_unit_range
+from vqvae.common.engine import derive_seed, evaluating
+from vqvae.common.metrics import codes_used, count_codes
+from vqvae.gaussian import gaussian_images, gaussian_latents
+from vqvae.model import VQVAE
+from vqvae.train import decode, reconstruct
+
+
+class Mode(NamedTuple):
+    """One way to come by images, what it gave, and figures of it."""
+
+    name: str  # short, for arrays
+    title: str  # for people
+    images: Tensor  # (N, 1, S, S) float32 in 0..1
+    indices: Tensor  # (N, H, W) int64
+    labels: Tensor  # (N,) int64, the digits meant; the Gaussian modes know nothing of them
+    codes_used: int  # different codes in the maps
+    nats_per_code: float  # of the maps under the prior, without labels
+    distance: float  # root mean square over pixels to the nearest reference digit, mean over images
+
+
+def compare(
+    vqvae: VQVAE, prior: GatedPixelCNN, test: Split, reference: Split, num_samples: int, seed: int
+) -> list[Mode]:
+    """Real digits, their reconstructions, both Gaussian baselines and the prior's samples.
+
+    Args:
+        test: the real digits come from it: the first of each class, columns 0 to 9.
+        reference: digits that distances are measured to; not the test split.
+        num_samples: of each mode, a multiple of 10.
+        seed: each mode draws from a generator of its own, derived from it.
+    """
+    chosen = first_of_each_class(test.labels, num_samples // NUM_CLASSES)
+    labels = test.labels[chosen]
+    real = test.images[chosen].to(vqvae.device)
+    maps, reconstructions = reconstruct(vqvae, real)
+    digits = to_unit_range(to_model_range(reference.images)).flatten(1)
+
+    def generator(name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(seed, name))
+
+    def mode(name: str, title: str, indices: Tensor, images: Tensor | None = None) -> Mode:
+        images = decode(vqvae, indices) if images is None else images
+        used = codes_used(count_codes(indices, vqvae.config.k))
+        nats, distance = nats_per_code(prior, indices), nearest(images, digits)
+        return Mode(name, title, images, indices.cpu(), labels, used, nats, distance)
+
+    with evaluating(vqvae):
+        latents = gaussian_latents(vqvae, num_samples, generator("latents"))
+        images = gaussian_images(vqvae, num_samples, generator("images"))
+    drawn = sample(prior, num_samples, generator("pixelcnn"), labels=labels).to(vqvae.device)
+    return [
+        mode("real", "real test digits", maps, to_unit_range(to_model_range(real)).cpu()),
+        mode("reconstructed", "their reconstructions", maps, reconstructions),
+        mode("gaussian_latent", "gaussian: codes nearest to Gaussian latents", latents),
+        mode("gaussian_image", "gaussian: Gaussian images through the model", images),
+        mode("pixelcnn", "pixelcnn: codes drawn from the learned prior", drawn),
+    ]
+
+
+def first_of_each_class(labels: Tensor, num: int) -> Tensor:
+    """Positions of the first `num` of each digit, ordered so that a grid of ten columns has a digit in each."""
+    per_class = [(labels == digit).nonzero().squeeze(1)[:num] for digit in range(NUM_CLASSES)]
+    return torch.stack(per_class, dim=1).flatten()
+
+
+def nats_per_code(prior: GatedPixelCNN, indices: Tensor) -> float:
+    """Mean negative log-likelihood of maps (N, H, W) under the prior, without labels."""
+    with evaluating(prior):
+        return F.cross_entropy(prior(indices), indices).item()
+
+
+def nearest(images: Tensor, digits: Tensor) -> float:
+    """Mean over images (N, 1, S, S) of the root mean square distance to the nearest of digits (M, S*S)."""
+    distances = torch.cdist(images.flatten(1), digits).min(dim=1).values
+    return (distances / digits.shape[1] ** 0.5).mean().item()

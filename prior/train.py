@@ -1,0 +1,146 @@
+"""Stage two: its objective, its evaluation, its training run."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prior.codes import Codes, extract, extract_cached
+from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig, load_prior
+from prior.sampling import sample
+from vqvae.common import checkpoint
+from vqvae.common.config import require_range
+from vqvae.common.data import NUM_CLASSES, load_test, load_train_and_validation
+from vqvae.common.engine import Means, Training, derive_seed, evaluating, fit, in_batches
+from vqvae.common.grids import grid
+from vqvae.common.logs import RunLog
+from vqvae.common.metrics import nats_to_bits
+from vqvae.model import load_vqvae
+from vqvae.train import decode
+
+EVALUATION_BATCH = 250
+SHOW_EVERY = 2  # epochs between sample grids
+
+
+@dataclass(frozen=True)
+class PriorTraining(Training):
+    """How stage two is trained."""
+
+    label_dropout: float = 0.1  # share of a batch trained without its label
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("label_dropout", self.label_dropout, 0, 1)
+
+
+def objective(prior: GatedPixelCNN, indices: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Mean negative log-likelihood of maps (B, H, W) under labels (B,), in nats per code."""
+    return {"nats_per_code": F.cross_entropy(prior(indices, labels), indices)}
+
+
+def drop_labels(labels: Tensor, share: float) -> Tensor:
+    """Labels (B,), each replaced by NO_LABEL with probability `share`."""
+    return torch.where(torch.rand(labels.shape, device=labels.device) < share, NO_LABEL, labels)
+
+
+def evaluate(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
+    """Likelihood of a whole split with its labels and (`_unlabelled`) without."""
+    means = Means()
+    with evaluating(prior):
+        for rows in in_batches(len(codes.labels), EVALUATION_BATCH):
+            indices, labels = codes.indices[rows], codes.labels[rows]
+            with_label = objective(prior, indices, labels)["nats_per_code"]
+            without = objective(prior, indices, torch.full_like(labels, NO_LABEL))["nats_per_code"]
+            means.add({"nats_per_code": with_label, "nats_per_code_unlabelled": without}, len(indices))
+    figures = means.read()
+    num_positions = codes.indices[0].numel()
+    return {**figures, "bits_per_image": nats_to_bits(figures["nats_per_code"]) * num_positions}
+
+
+def baselines(train: Codes, split: Codes, num_codes: int) -> dict[str, float]:
+    """Nats per code of a split under the uniform code, and under each position's own frequencies in
+    the training maps (one count added to each code)."""
+    flat = train.indices.flatten(1)
+    counts = torch.stack([torch.bincount(column, minlength=num_codes) for column in flat.T]) + 1.0  # (H*W, K)
+    log_p = (counts / counts.sum(dim=1, keepdim=True)).log()
+    unigram = -log_p.gather(1, split.indices.flatten(1).T).mean().item()
+    return {"uniform": math.log(num_codes), "unigram": unigram}
+
+
+def train_prior(
+    config: PriorConfig,
+    training: PriorTraining,
+    *,
+    vqvae_path: Path,
+    seed: int,
+    data_folder: Path,
+    output_folder: Path,
+    device: torch.device,
+    resume: bool = False,
+    download: bool = True,
+) -> dict[str, float]:
+    """Train stage two on the code maps of a VQ-VAE; the best epoch on validation is kept as
+    `<output folder>/prior.safetensors`.
+
+    Returns:
+        the figures of that best epoch on the test split, the baselines' among them.
+    """
+    vqvae, vqvae_header = load_vqvae(vqvae_path, device)
+    folder = output_folder / "prior"
+    train_split, validation_split = load_train_and_validation(data_folder, download)
+    train = extract_cached(vqvae, vqvae_header.fingerprint, train_split, "train", folder)
+    validation = extract_cached(vqvae, vqvae_header.fingerprint, validation_split, "validation", folder)
+    del train_split, validation_split
+    reference = baselines(train, validation, vqvae.config.k)
+    print(
+        f"validation nats per code to beat: uniform {reference['uniform']:.3f}, "
+        f"per-position unigram {reference['unigram']:.3f}"
+    )
+    torch.manual_seed(seed)
+    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(
+        device, memory_format=torch.channels_last
+    )
+    path = output_folder / "prior.safetensors"
+
+    def save_best(figures: dict[str, float]) -> None:
+        checkpoint.save(
+            path,
+            prior,
+            stage="prior",
+            config=asdict(config),
+            recipe={**asdict(training), "seed": seed},
+            metrics=figures,
+            vqvae_fingerprint=vqvae_header.fingerprint,
+        )
+
+    def show(log: RunLog, epoch: int, step: int) -> None:
+        if epoch == 1:
+            with evaluating(prior):
+                log.graph(prior, (train.indices[:1], train.labels[:1]))
+        log.scalars({f"baseline/{name}": nats for name, nats in reference.items()}, step)
+        if epoch % SHOW_EVERY == 0 or epoch == training.num_epochs:
+            labels = torch.arange(NUM_CLASSES).repeat(NUM_CLASSES)
+            generator = torch.Generator().manual_seed(derive_seed(seed, "samples"))
+            maps = sample(prior, len(labels), generator, labels=labels)
+            log.picture("samples", grid(decode(vqvae, maps.to(device))), step)
+
+    fit(
+        prior,
+        (train.indices, train.labels),
+        lambda indices, labels: objective(prior, indices, drop_labels(labels, training.label_dropout)),
+        lambda: evaluate(prior, validation),
+        save_best,
+        best_by="nats_per_code",
+        training=training,
+        seed=seed,
+        folder=folder,
+        unit="maps",
+        after_epoch=show,
+        resume=resume,
+    )
+    best, _ = load_prior(path, vqvae, vqvae_header, device)
+    test = extract(vqvae, load_test(data_folder, download))
+    return {**evaluate(best, test), **baselines(train, test, vqvae.config.k)}

@@ -1,0 +1,60 @@
+"""Images to pictures: plain grids, and labelled sheets of them."""
+
+import io
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from vqvae.common.files import write_atomically
+
+PADDING = 2  # pixels between images
+COLUMNS = 10
+
+
+def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
+    """(N, 1, S, S) images in 0..1 as one (3, H, W) picture, row by row, on mid grey."""
+    return make_grid(images.cpu(), nrow=columns, padding=PADDING, pad_value=0.5)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
+    """Write (N, 1, S, S) images in 0..1 as a PNG grid."""
+    _save(_to_image(grid(images, columns)), path)
+
+
+def save_sheet(sections: list[tuple[str, Tensor]], path: Path, scale: int = 2) -> None:
+    """Write several grids under one another as a PNG, each beneath its title, enlarged `scale` times.
+
+    Args:
+        sections: (title, images (N, 1, S, S) in 0..1) from top to bottom.
+    """
+    font = ImageFont.load_default(size=16)
+    margin, title_height = 12, 30
+    pictures = []
+    for _, images in sections:
+        small = _to_image(grid(images))
+        pictures.append(small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST))
+    width = max(picture.width for picture in pictures) + 2 * margin
+    height = sum(picture.height + title_height for picture in pictures) + margin
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for (title, _), picture in zip(sections, pictures, strict=True):
+        draw.text((margin, top + 7), title, fill="black", font=font)
+        sheet.paste(picture, (margin, top + title_height))
+        top += title_height + picture.height
+    _save(sheet, path)
+
+
+def _to_image(picture: Tensor) -> Image.Image:
+    """A (3, H, W) picture in 0..1 as 8-bit RGB, each value rounded to the nearest."""
+    return Image.fromarray(rearrange((picture * 255).round().to(torch.uint8), "c h w -> h w c").numpy())
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())

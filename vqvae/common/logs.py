@@ -1,0 +1,54 @@
+"""What a run writes for people to follow it: TensorBoard's events and `metrics.jsonl`."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from vqvae.common.files import write_atomically
+
+
+class RunLog:
+    """Scalars go to both places, pictures and the graph to TensorBoard alone.
+
+    Args:
+        folder: of the run, made if missing.
+        first_step: what was logged at or after it, before a run was cut off, is dropped; 0 starts anew.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.jsonl = folder / "metrics.jsonl"
+        kept = ""
+        if first_step > 0 and self.jsonl.exists():
+            lines = self.jsonl.read_text().splitlines(keepends=True)
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= first_step)
+        write_atomically(self.jsonl, kept.encode())
+        if first_step == 0:
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step > 0 else None)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        with self.jsonl.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def picture(self, tag: str, picture: Tensor, step: int) -> None:
+        """A (3, H, W) or (1, H, W) picture in 0..1, under one tag for all steps, so that the slider works."""
+        self.writer.add_image(tag, picture, step)
+
+    def graph(self, model: nn.Module, example: tuple[Tensor, ...]) -> None:
+        """The network's graph, traced on an example of its inputs."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer: deprecated, and wary of our checks of shapes
+            self.writer.add_graph(model, example)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()

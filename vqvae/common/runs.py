@@ -1,0 +1,81 @@
+"""Where trained weights lie: the user's runs in `checkpoints/<name>/`, the shipped ones beside them."""
+
+from pathlib import Path
+
+from vqvae.common.checkpoint import read_header
+from vqvae.common.errors import UserError
+
+RUNS = Path("checkpoints")
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "pretrained"
+
+
+def weights_file(folder: Path, stage: str) -> Path:
+    """A stage's weights in a run's folder."""
+    return folder / f"{stage}.safetensors"
+
+
+def prepare_run(folder: Path, stage: str, resume: bool, overwrite: bool) -> None:
+    """Make a run's folder, or refuse to.
+
+    Raises:
+        UserError: a run of this stage is there already and neither to be resumed nor overwritten, the
+            folder is the shipped weights', or it can't be written.
+    """
+    if folder.resolve() == SHIPPED.resolve():
+        raise UserError(
+            f"expected an --output-folder of your own, found {folder}, which holds the shipped weights; name another"
+        )
+    if not (resume or overwrite) and (
+        weights_file(folder, stage).exists() or (folder / stage / "resume.pt").exists()
+    ):
+        raise UserError(
+            f"expected no {stage} run in {folder}, found one; go on with it with --resume, replace it with "
+            f"--overwrite, or name another --output-folder"
+        )
+    try:
+        (folder / stage).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"expected to write to {folder}: {error.strerror}; name another --output-folder"
+        ) from None
+
+
+def find_vqvae(given: Path | None) -> Path:
+    """The VQ-VAE that was named, or else the user's newest, or else the shipped one."""
+    return given or _newest_first("vqvae")[0]
+
+
+def find_pair(vqvae: Path | None, prior: Path | None) -> tuple[Path, Path]:
+    """The newest prior and the VQ-VAE that it was trained on, the user's before the shipped ones; what was named
+    is not looked for.
+
+    Raises:
+        UserError: no pair fits together, or a file is damaged.
+    """
+    if vqvae and prior:
+        return vqvae, prior
+    priors = [prior] if prior else _newest_first("prior")
+    vqvaes = [vqvae] if vqvae else _newest_first("vqvae")
+    for candidate in priors:
+        wanted = read_header(candidate, "prior").vqvae_fingerprint
+        for partner in vqvaes:
+            if read_header(partner, "vqvae").fingerprint == wanted:
+                return partner, candidate
+    raise UserError(
+        f"expected a prior and its VQ-VAE, found no two that belong together among "
+        f"{', '.join(map(str, [*vqvaes, *priors]))}; train one with: python cli.py train-prior --vqvae {vqvaes[0]}"
+    )
+
+
+def describe(path: Path) -> str:
+    """A path for people: relative where it can be, and whose weights it holds."""
+    owner = "the shipped weights" if path.resolve().parent == SHIPPED.resolve() else "your run"
+    shown = path.resolve()
+    return f"{shown.relative_to(Path.cwd()) if shown.is_relative_to(Path.cwd()) else shown} ({owner})"
+
+
+def _newest_first(stage: str) -> list[Path]:
+    mine = [
+        path for path in RUNS.glob(f"*/{stage}.safetensors") if path.resolve().parent != SHIPPED.resolve()
+    ]
+    return [*sorted(mine, key=lambda path: path.stat().st_mtime, reverse=True), weights_file(SHIPPED, stage)]

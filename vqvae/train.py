@@ -1,0 +1,154 @@
+"""Stage one: its objective, its evaluation, its training run."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqvae.common import checkpoint
+from vqvae.common.config import require_range
+from vqvae.common.data import Split, load_test, load_train_and_validation, to_model_range, to_unit_range
+from vqvae.common.engine import Means, Training, evaluating, fit, in_batches
+from vqvae.common.grids import grid
+from vqvae.common.logs import RunLog
+from vqvae.common.metrics import codes_used, count_codes, perplexity
+from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
+
+EVALUATION_BATCH = 500
+NUM_SHOWN = 100
+
+
+@dataclass(frozen=True)
+class VQVAETraining(Training):
+    """How stage one is trained; the defaults are the documented recipe's."""
+
+    beta: float = 1.0  # weight of the commitment term
+    free_overshoot: bool = False  # leave out of the reconstruction term what clipping to 0..1 undoes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("beta", self.beta, 0.1, 2.0)
+
+
+def objective(
+    model: VQVAE, images: Tensor, training: VQVAETraining
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The three terms of eq. 3 and their sum, each a mean over elements and the batch.
+
+    Args:
+        images: (B, 1, S, S) uint8.
+    Returns:
+        the terms as scalars, the reconstructions (B, 1, S, S) in 0..1, the indices (B, H, W).
+    """
+    x = to_model_range(images)
+    x_hat, indices, codebook_loss, commitment_loss = model(x)
+    target = x
+    if training.free_overshoot:
+        # A pixel of pure ink or paper that the model makes purer still is drawn right: no error.
+        target = torch.where(x_hat.clamp(-1, 1) == x, x_hat.detach(), x)
+    terms = {
+        "reconstruction": F.mse_loss(x_hat, target),
+        "codebook": codebook_loss,
+        "commitment": training.beta * commitment_loss,
+    }
+    return (
+        {"total": sum(terms.values(), torch.zeros((), device=x.device)), **terms},
+        to_unit_range(x_hat),
+        indices,
+    )
+
+
+def evaluate(model: VQVAE, split: Split, training: VQVAETraining) -> dict[str, float]:
+    """Figures of a whole split: the terms; `squared_error` and `psnr_db` (mean over images) of pixels
+    in 0..1; `perplexity` and `codes_used` from counts over the split."""
+    means = Means()
+    counts = torch.zeros(model.config.k, dtype=torch.int64, device=split.images.device)
+    with evaluating(model):
+        for rows in in_batches(len(split.labels), EVALUATION_BATCH):
+            images = split.images[rows]
+            terms, x_hat, indices = objective(model, images, training)
+            error = (x_hat - to_unit_range(to_model_range(images))).square().flatten(1).mean(1)
+            psnr = -10 * error.clamp(min=1e-10).log10()
+            means.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
+            counts += count_codes(indices, model.config.k)
+    return {**means.read(), "perplexity": perplexity(counts), "codes_used": codes_used(counts)}
+
+
+def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Code maps (N, H, W) and reconstructions (N, 1, S, S) in 0..1 of uint8 images (N, 1, S, S)."""
+    with evaluating(model):
+        indices = torch.cat(
+            [model.encode(to_model_range(images[rows])) for rows in in_batches(len(images), EVALUATION_BATCH)]
+        )
+    return indices, decode(model, indices)
+
+
+def decode(model: VQVAE, indices: Tensor) -> Tensor:
+    """Images (N, 1, S, S) in 0..1, on the CPU, of code maps (N, H, W)."""
+    with evaluating(model):
+        return torch.cat(
+            [
+                to_unit_range(model.decode_indices(indices[rows])).cpu()
+                for rows in in_batches(len(indices), EVALUATION_BATCH)
+            ]
+        )
+
+
+def train_vqvae(
+    config: VQVAEConfig,
+    training: VQVAETraining,
+    *,
+    seed: int,
+    data_folder: Path,
+    output_folder: Path,
+    device: torch.device,
+    resume: bool = False,
+    download: bool = True,
+) -> dict[str, float]:
+    """Train stage one; the best epoch on validation is kept as `<output folder>/vqvae.safetensors`.
+
+    Returns:
+        the figures of that best epoch on the test split.
+    """
+    train, validation = load_train_and_validation(data_folder, download)
+    train, validation = train.to(device), validation.to(device)
+    torch.manual_seed(seed)
+    model = VQVAE(config).to(device, memory_format=torch.channels_last)
+    path = output_folder / "vqvae.safetensors"
+    shown = validation.images[:NUM_SHOWN]
+
+    def save_best(figures: dict[str, float]) -> None:
+        checkpoint.save(
+            path,
+            model,
+            stage="vqvae",
+            config=asdict(config),
+            recipe={**asdict(training), "seed": seed},
+            metrics=figures,
+        )
+
+    def show(log: RunLog, epoch: int, step: int) -> None:
+        if epoch == 1:
+            with evaluating(model):
+                log.graph(model, to_model_range(shown[:1]))
+        log.picture("original", grid(to_unit_range(to_model_range(shown))), step)
+        log.picture("reconstruction", grid(reconstruct(model, shown)[1]), step)
+
+    fit(
+        model,
+        (train.images,),
+        lambda images: objective(model, images, training)[0],
+        lambda: evaluate(model, validation, training),
+        save_best,
+        best_by="squared_error",
+        training=training,
+        seed=seed,
+        folder=output_folder / "vqvae",
+        unit="images",
+        after_epoch=show,
+        resume=resume,
+    )
+    best, _ = load_vqvae(path, device)
+    return evaluate(best, load_test(data_folder, download).to(device), training)
