@@ -4,6 +4,7 @@ torch is imported by the commands that need it, so that --help answers at once.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="A VQ-VAE turns digits into 7x7 maps of codes and back; a gated PixelCNN learns to draw such maps.",
 )
 
@@ -33,9 +35,7 @@ NoDownload = Annotated[bool, typer.Option("--no-download", help="Use the data th
 VQVAEFile = Annotated[
     Path | None, typer.Option("--vqvae", help="VQ-VAE weights [default: your newest, or the shipped]")
 ]
-PriorFile = Annotated[
-    Path | None, typer.Option("--prior", help="Prior weights [default: your newest, or the shipped]")
-]
+PriorFile = Annotated[Path | None, typer.Option("--prior", help="Prior weights [default: your newest, or the shipped]")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples a step [default: the recipe's]")]
 NumEpochs = Annotated[int | None, typer.Option(help="Passes over the data [default: the recipe's]")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate [default: the recipe's]")]
@@ -48,9 +48,7 @@ def train_vqvae(
     ] = None,
     data_folder: DataFolder = Path("data"),
     device: Device = "auto",
-    hidden_size: Annotated[
-        int | None, typer.Option(help="Size of the latent vectors [default: the recipe's]")
-    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Size of the latent vectors [default: the recipe's]")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Number of codes [default: the recipe's]")] = None,
     batch_size: BatchSize = None,
     num_epochs: NumEpochs = None,
@@ -163,9 +161,7 @@ def train_prior(
 def sample(
     mode: Annotated[
         str,
-        typer.Option(
-            help="gaussian: codes picked by unit-Gaussian noise. pixelcnn: codes drawn from the prior."
-        ),
+        typer.Option(help="gaussian: codes picked by unit-Gaussian noise. pixelcnn: codes drawn from the prior."),
     ],
     gaussian_input: Annotated[
         str | None,
@@ -176,23 +172,15 @@ def sample(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="How many images.")] = 100,
     label: Annotated[int | None, typer.Option(help="pixelcnn only: draw this digit.")] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="pixelcnn only: draw these in turn, as 0-9 or 1,3,5.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="pixelcnn only: below 1 safer, above 1 wilder.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="pixelcnn only: draw among the k likeliest codes.")
-    ] = None,
+    labels: Annotated[str | None, typer.Option(help="pixelcnn only: draw these in turn, as 0-9 or 1,3,5.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="pixelcnn only: below 1 safer, above 1 wilder.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="pixelcnn only: draw among the k likeliest codes.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="pixelcnn only: draw among the likeliest codes of this mass.")
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    output: Annotated[
-        Path | None, typer.Option(help=".png for a grid, .npz for arrays [default: <mode>.png]")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help=".png for a grid, .npz for arrays [default: <mode>.png]")] = None,
     vqvae: VQVAEFile = None,
     prior: PriorFile = None,
 ) -> None:
@@ -208,14 +196,17 @@ def sample(
     output = output or Path(f"{mode}.png")
     _require_suffix(output)
     pixelcnn_only = {
-        "--label": label, "--labels": labels, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--prior": prior
-    }  # fmt: skip
+        "--label": label,
+        "--labels": labels,
+        "--temperature": temperature,
+        "--top-k": top_k,
+        "--top-p": top_p,
+        "--prior": prior,
+    }
     not_for_mode = {"--gaussian-input": gaussian_input} if mode == "pixelcnn" else pixelcnn_only
     for flag, value in not_for_mode.items():
         if value is not None:
-            raise UserError(
-                f"expected no {flag} with --mode {mode}, found {value}; leave it out or change the mode"
-            )
+            raise UserError(f"expected no {flag} with --mode {mode}, found {value}; leave it out or change the mode")
     if num_samples < 1:
         raise UserError(f"expected --num-samples of at least 1, found {num_samples}; type --num-samples 100")
     chosen_device = pick_device(device)
@@ -310,14 +301,14 @@ def compare(
     data_folder: DataFolder = Path("data"),
     device: Device = "auto",
     seed: Seed = 0,
-    output: Annotated[Path, typer.Option(help=".png for the picture, .npz for its arrays.")] = Path(
-        "compare.png"
-    ),
+    output: Annotated[Path, typer.Option(help=".png for the picture, .npz for its arrays.")] = Path("compare.png"),
     vqvae: VQVAEFile = None,
     prior: PriorFile = None,
     no_download: NoDownload = False,
 ) -> None:
     """Real digits, reconstructions, both Gaussian baselines and the prior's samples, side by side."""
+    import torch
+
     from prior.compare import compare as side_by_side
     from prior.model import load_prior
     from vqvae.common.data import load_test, load_train_and_validation
@@ -328,44 +319,44 @@ def compare(
 
     _require_suffix(output)
     if num_samples < 10 or num_samples % 10 != 0:
-        raise UserError(
-            f"expected --num-samples to be a multiple of 10, found {num_samples}; type --num-samples 30"
-        )
+        raise UserError(f"expected --num-samples to be a multiple of 10, found {num_samples}; type --num-samples 30")
     chosen_device = pick_device(device)
     vqvae_file, prior_file = find_pair(vqvae, prior)
     model, header = load_vqvae(vqvae_file, chosen_device)
     network, _ = load_prior(prior_file, model, header, chosen_device)
     print(f"weights: {describe(vqvae_file)} and {describe(prior_file)}")
     _, validation = load_train_and_validation(data_folder, not no_download)
-    modes = side_by_side(
-        model, network, load_test(data_folder, not no_download), validation, num_samples, seed
-    )
+    modes = side_by_side(model, network, load_test(data_folder, not no_download), validation, num_samples, seed)
     print(f"{'':54} {'codes used':>10} {'nats/code':>10} {'distance':>9}")
     for mode in modes:
         print(f"{mode.title:54} {mode.codes_used:10} {mode.nats_per_code:10.2f} {mode.distance:9.3f}")
-    print(
-        "nats/code: of the maps under the prior; distance: to the nearest validation digit, rms over pixels in 0..1"
-    )
+    print("nats/code: of the maps under the prior; distance: to the nearest validation digit, rms over pixels in 0..1")
     if output.suffix == ".png":
         save_sheet([(mode.title, mode.images) for mode in modes], output)
         print(f"wrote {output}")
-    else:
-        arrays = {}
-        for mode in modes:
-            arrays |= {f"{mode.name}_images": mode.images, f"{mode.name}_indices": mode.indices}
-        _write(output, modes[0].images, {**arrays, "labels": modes[0].labels})
+        return
+    arrays = {name: torch.cat([getattr(mode, name) for mode in modes]) for name in ("images", "indices", "labels")}
+    names = [mode.name for mode in modes for _ in mode.labels]
+    _write_arrays(output, {**arrays, "modes": names})
 
 
-def _write(output: Path, images: "torch.Tensor", arrays: "dict[str, torch.Tensor | None]") -> None:
+def _write(output: Path, images: "torch.Tensor", arrays: Mapping[str, Any]) -> None:
     """A grid of the images as .png, or the arrays that there are as .npz."""
-    if output.suffix == ".png":
-        from vqvae.common.grids import save_grid
+    if output.suffix == ".npz":
+        _write_arrays(output, arrays)
+        return
+    from vqvae.common.grids import save_grid
 
-        save_grid(images, output)
-    else:
-        from vqvae.common.files import write_arrays
+    save_grid(images, output)
+    print(f"wrote {output}")
 
-        write_arrays(output, {name: tensor.numpy() for name, tensor in arrays.items() if tensor is not None})
+
+def _write_arrays(output: Path, arrays: Mapping[str, Any]) -> None:
+    import numpy as np
+
+    from vqvae.common.files import write_arrays
+
+    write_arrays(output, {name: np.asarray(values) for name, values in arrays.items() if values is not None})
     print(f"wrote {output}")
 
 
@@ -381,21 +372,20 @@ def _progress(num_samples: int) -> Any:
 
 def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(
-            f"expected {flag} to be {' or '.join(choices)}, found {value!r}; type {flag} {choices[0]}"
-        )
+        raise UserError(f"expected {flag} to be {' or '.join(choices)}, found {value!r}; type {flag} {choices[0]}")
 
 
 def _require_suffix(output: Path) -> None:
     if output.suffix not in (".png", ".npz"):
         raise UserError(
-            f"expected an --output ending in .png (a grid) or .npz (arrays), found {output}; type --output {output.stem}.png"
+            f"expected --output to end in .png (a grid) or .npz (arrays), found {output}; "
+            f"type --output {output.stem}.png"
         )
 
 
 def _parse_labels(text: str) -> list[int]:
     """'0-9' or '1,3,5' or both, as digits."""
-    labels = []
+    labels: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.isdigit() or not (last or first).isdigit() or int(first) > int(last or first):

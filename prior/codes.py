@@ -54,9 +54,7 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
         }
         write_atomically(path, to_safetensors(tensors, metadata={"origin": json.dumps(origin)}))
         return codes
-    return Codes(
-        cached["indices"].to(model.device, torch.int64), cached["labels"].to(model.device, torch.int64)
-    )
+    return Codes(cached["indices"].to(model.device, torch.int64), cached["labels"].to(model.device, torch.int64))
 
 
 def _read(path: Path, origin: dict[str, str]) -> dict[str, Tensor] | None:

@@ -23,7 +23,7 @@ class Mode(NamedTuple):
     title: str  # for people
     images: Tensor  # (N, 1, S, S) float32 in 0..1
     indices: Tensor  # (N, H, W) int64
-    labels: Tensor  # (N,) int64, the digits meant; the Gaussian modes know nothing of them
+    labels: Tensor  # (N,) int64, the digits meant, -1 where none is
     codes_used: int  # different codes in the maps
     nats_per_code: float  # of the maps under the prior, without labels
     distance: float  # root mean square over pixels to the nearest reference digit, mean over images
@@ -49,22 +49,34 @@ def compare(
     def generator(name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(seed, name))
 
-    def mode(name: str, title: str, indices: Tensor, images: Tensor | None = None) -> Mode:
-        images = decode(vqvae, indices) if images is None else images
+    def mode(name: str, title: str, indices: Tensor, images: Tensor, meant: Tensor = labels) -> Mode:
         used = codes_used(count_codes(indices, vqvae.config.k))
         nats, distance = nats_per_code(prior, indices), nearest(images, digits)
-        return Mode(name, title, images, indices.cpu(), labels, used, nats, distance)
+        return Mode(name, title, images, indices.cpu(), meant, used, nats, distance)
 
     with evaluating(vqvae):
-        latents = gaussian_latents(vqvae, num_samples, generator("latents"))
-        images = gaussian_images(vqvae, num_samples, generator("images"))
+        from_latents = gaussian_latents(vqvae, num_samples, generator("latents"))
+        from_images = gaussian_images(vqvae, num_samples, generator("images"))
     drawn = sample(prior, num_samples, generator("pixelcnn"), labels=labels).to(vqvae.device)
+    none = torch.full_like(labels, -1)
     return [
         mode("real", "real test digits", maps, to_unit_range(to_model_range(real)).cpu()),
         mode("reconstructed", "their reconstructions", maps, reconstructions),
-        mode("gaussian_latent", "gaussian: codes nearest to Gaussian latents", latents),
-        mode("gaussian_image", "gaussian: Gaussian images through the model", images),
-        mode("pixelcnn", "pixelcnn: codes drawn from the learned prior", drawn),
+        mode(
+            "gaussian_latent",
+            "gaussian: codes nearest to Gaussian latents",
+            from_latents,
+            decode(vqvae, from_latents),
+            none,
+        ),
+        mode(
+            "gaussian_image",
+            "gaussian: Gaussian images through the model",
+            from_images,
+            decode(vqvae, from_images),
+            none,
+        ),
+        mode("pixelcnn", "pixelcnn: codes drawn from the learned prior", drawn, decode(vqvae, drawn)),
     ]
 
 
@@ -77,7 +89,7 @@ def first_of_each_class(labels: Tensor, num: int) -> Tensor:
 def nats_per_code(prior: GatedPixelCNN, indices: Tensor) -> float:
     """Mean negative log-likelihood of maps (N, H, W) under the prior, without labels."""
     with evaluating(prior):
-        return F.cross_entropy(prior(indices), indices).item()
+        return float(F.cross_entropy(prior(indices), indices))
 
 
 def nearest(images: Tensor, digits: Tensor) -> float:

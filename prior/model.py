@@ -96,9 +96,7 @@ class GatedPixelCNN(nn.Module):
             )
         self.config, self.num_codes, self.map_shape = config, num_codes, map_shape
         self.embedding = nn.Embedding(num_codes, config.width)
-        self.layers = nn.ModuleList(
-            GatedLayer(config.width, config.dropout) for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(GatedLayer(config.width, config.dropout) for _ in range(config.num_layers))
         self.head = nn.Sequential(
             nn.ReLU(),
             nn.Conv2d(config.width, 2 * config.width, 1),

@@ -49,18 +49,15 @@ def sample(
             f"expected --temperature over 0, found {temperature:g}; type --top-k 1 for the most likely codes"
         )
     if top_k is not None and top_k < 1:
-        raise UserError(
-            f"expected --top-k of at least 1, found {top_k}; type --top-k 1 for the most likely codes"
-        )
+        raise UserError(f"expected --top-k of at least 1, found {top_k}; type --top-k 1 for the most likely codes")
     if not 0 < top_p <= 1:
-        raise UserError(
-            f"expected --top-p over 0 and at most 1, found {top_p:g}; type --top-p 1 for all codes"
-        )
+        raise UserError(f"expected --top-p over 0 and at most 1, found {top_p:g}; type --top-p 1 for all codes")
     if labels is None:
         labels = torch.full((num_samples,), NO_LABEL)
     elif len(labels) != num_samples or bool(((labels < 0) | (labels >= NUM_CLASSES)).any()):
         raise UserError(
-            f"expected {num_samples} labels in 0..{NUM_CLASSES - 1}, found {labels.tolist()}; type --label 7 or --labels 0-9"
+            f"expected {num_samples} labels in 0..{NUM_CLASSES - 1}, found {labels.tolist()}; "
+            f"type --label 7 or --labels 0-9"
         )
     device = prior.device
     maps = []

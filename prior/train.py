@@ -100,9 +100,7 @@ def train_prior(
         f"per-position unigram {reference['unigram']:.3f}"
     )
     torch.manual_seed(seed)
-    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(
-        device, memory_format=torch.channels_last
-    )
+    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(device).to(memory_format=torch.channels_last)
     path = output_folder / "prior.safetensors"
 
     def save_best(figures: dict[str, float]) -> None:

@@ -59,8 +59,8 @@ class ResidualBlock(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         last = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
         super().__init__(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,16 +109,12 @@ class VQVAE(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         if config.image_size % DOWNSAMPLING != 0:
-            raise UserError(
-                f"expected an image size that divides by {DOWNSAMPLING}, found {config.image_size}"
-            )
+            raise UserError(f"expected an image size that divides by {DOWNSAMPLING}, found {config.image_size}")
         self.config = config
         side = config.image_size // DOWNSAMPLING
         self.map_shape = (side, side)
         self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(
-            config.k, config.hidden_size, config.codebook_learning, config.ema_decay
-        )
+        self.quantizer = VectorQuantizer(config.k, config.hidden_size, config.codebook_learning, config.ema_decay)
         self.decoder = Decoder(config)
 
     def forward(self, x: Tensor) -> Forward:

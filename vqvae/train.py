@@ -32,9 +32,7 @@ class VQVAETraining(Training):
         require_range("beta", self.beta, 0.1, 2.0)
 
 
-def objective(
-    model: VQVAE, images: Tensor, training: VQVAETraining
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def objective(model: VQVAE, images: Tensor, training: VQVAETraining) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The three terms of eq. 3 and their sum, each a mean over elements and the batch.
 
     Args:
@@ -115,7 +113,7 @@ def train_vqvae(
     train, validation = load_train_and_validation(data_folder, download)
     train, validation = train.to(device), validation.to(device)
     torch.manual_seed(seed)
-    model = VQVAE(config).to(device, memory_format=torch.channels_last)
+    model = VQVAE(config).to(device).to(memory_format=torch.channels_last)
     path = output_folder / "vqvae.safetensors"
     shown = validation.images[:NUM_SHOWN]
 
@@ -132,7 +130,7 @@ def train_vqvae(
     def show(log: RunLog, epoch: int, step: int) -> None:
         if epoch == 1:
             with evaluating(model):
-                log.graph(model, to_model_range(shown[:1]))
+                log.graph(model, (to_model_range(shown[:1]),))
         log.picture("original", grid(to_unit_range(to_model_range(shown))), step)
         log.picture("reconstruction", grid(reconstruct(model, shown)[1]), step)
 

@@ -122,7 +122,7 @@ def load(path: Path, header: Header, build: Callable[[], Model]) -> Model:
     expected = {name: (str(t.dtype), list(t.shape)) for name, t in model.state_dict().items()}
     with safe_open(path, framework="pt") as file:
         tensors = {}
-        for name in file.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
+        for name in file.keys():
             tensors[name] = file.get_tensor(name)
     found = {name: (str(t.dtype), list(t.shape)) for name, t in tensors.items()}
     if found != expected or fingerprint(header.config, tensors) != header.fingerprint:

