@@ -101,6 +101,7 @@ def train_prior(
     )
     torch.manual_seed(seed)
     prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(device).to(memory_format=torch.channels_last)
+    settings = {**asdict(config), **asdict(training), "seed": seed, "vqvae": vqvae_header.fingerprint}
     path = output_folder / "prior.safetensors"
 
     def save_best(figures: dict[str, float]) -> None:
@@ -109,7 +110,7 @@ def train_prior(
             prior,
             stage="prior",
             config=asdict(config),
-            recipe={**asdict(training), "seed": seed},
+            recipe=settings,
             metrics=figures,
             vqvae_fingerprint=vqvae_header.fingerprint,
         )
@@ -136,6 +137,7 @@ def train_prior(
         seed=seed,
         folder=folder,
         unit="maps",
+        settings=settings,
         after_epoch=show,
         resume=resume,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqvae.common import checkpoint
 from vqvae.common.config import require_range
-from vqvae.common.data import Split, load_test, load_train_and_validation, to_model_range, to_unit_range
+from vqvae.common.data import Split, digest, load_test, load_train_and_validation, to_model_range, to_unit_range
 from vqvae.common.engine import Means, Training, evaluating, fit, in_batches
 from vqvae.common.grids import grid
 from vqvae.common.logs import RunLog
@@ -115,6 +115,7 @@ def train_vqvae(
     torch.manual_seed(seed)
     model = VQVAE(config).to(device).to(memory_format=torch.channels_last)
     path = output_folder / "vqvae.safetensors"
+    settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(train)}
     shown = validation.images[:NUM_SHOWN]
 
     def save_best(figures: dict[str, float]) -> None:
@@ -123,7 +124,7 @@ def train_vqvae(
             model,
             stage="vqvae",
             config=asdict(config),
-            recipe={**asdict(training), "seed": seed},
+            recipe=settings,
             metrics=figures,
         )
 
@@ -145,6 +146,7 @@ def train_vqvae(
         seed=seed,
         folder=output_folder / "vqvae",
         unit="images",
+        settings=settings,
         after_epoch=show,
         resume=resume,
     )

@@ -188,11 +188,14 @@ def read_fallback_archive(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         )
     with gzip.open(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy: the old pickle's dtype has an 'align' that is no bool
-        parts = ArrayUnpickler(file, encoding="latin1").load()
-    return [
-        (np.rint(images * 256).astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.uint8))
-        for images, labels in parts  # stored as byte / 256
-    ]
+        parts = ArrayUnpickler(file, encoding="bytes").load()
+    return [(_bytes_of(images).reshape(-1, 28, 28), labels.astype(np.uint8)) for images, labels in parts]
+
+
+def _bytes_of(pixels: np.ndarray) -> np.ndarray:
+    """uint8 of float32 pixels stored as byte / 256, scaled in place: they are a quarter of a gigabyte."""
+    np.multiply(pixels, 256, out=pixels)
+    return np.rint(pixels, out=pixels).astype(np.uint8)
 
 
 class ArrayUnpickler(pickle.Unpickler):

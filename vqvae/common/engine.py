@@ -135,6 +135,7 @@ def fit(
     seed: int,
     folder: Path,
     unit: str,
+    settings: Mapping[str, Any],
     after_epoch: Callable[[RunLog, int, int], None],
     resume: bool = False,
 ) -> None:
@@ -149,16 +150,19 @@ def fit(
         save_best: called with the figures of every epoch that is the best so far.
         folder: gets `resume.pt`, TensorBoard's events and `metrics.jsonl`.
         unit: what a sample is, for the speed shown and logged: "images", "maps".
+        settings: all that the result depends on besides the number of epochs; a resumed run must have the same.
         resume: go on from `resume.pt`; the result equals that of a run never stopped.
         after_epoch: called with the log, the number of finished epochs and of finished steps, for pictures.
     Raises:
-        UserError: resuming where there is nothing to resume, or a folder that can't be written.
+        UserError: resuming where there is nothing to resume or under other settings, or a folder that
+            can't be written.
     """
     optimizer = make_optimizer(model, training)
     resume_file = folder / "resume.pt"
     first_epoch, best = 0, math.inf
     if resume:
         state = checkpoint.load_resume_state(resume_file)
+        _require_same(state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first_epoch, best = state["epoch"], state["best"]
@@ -209,5 +213,15 @@ def fit(
                 "optimizer": optimizer.state_dict(),
                 "epoch": epoch + 1,
                 "best": best,
+                "settings": dict(settings),
             }
             checkpoint.save_resume_state(resume_file, state)
+
+
+def _require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name in sorted({*saved, *given} - {"num_epochs"}):
+        if saved.get(name) != given.get(name):
+            raise UserError(
+                f"expected the settings that the run was started with, {name} = {saved.get(name)!r}, found "
+                f"{name} = {given.get(name)!r}; type the first, or start anew with --overwrite"
+            )
