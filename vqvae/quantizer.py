@@ -148,5 +148,5 @@ def _draw(vectors: Tensor, num: int) -> Tensor:
     """`num` rows drawn from the vectors, in turn again where there are too few, no two of them equal."""
     order = torch.randperm(len(vectors), device=vectors.device)
     rows = vectors[order.repeat(-(-num // len(vectors)))[:num]]
-    spread = vectors.std(correction=0).clamp(min=1e-6)
+    spread = vectors.std(correction=0).clamp(min=1e-2)
     return rows + torch.randn_like(rows) * spread * JITTER

@@ -162,6 +162,8 @@ def fit(
     first_epoch, best = 0, math.inf
     if resume:
         state = checkpoint.load_resume_state(resume_file)
+        if not {"model", "optimizer", "epoch", "best", "settings"} <= state.keys():
+            raise UserError(f"expected resume state in {resume_file}, found other data; start anew with --overwrite")
         _require_same(state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -191,12 +193,17 @@ def fit(
                 optimizer.step()
                 means.add(losses, len(batch[0]))
                 bar.update()
-                if (i + 1) % LOG_EVERY == 0:
+                if (i + 1) % LOG_EVERY == 0 and i + 1 < (epoch + 1) * steps:
                     bar.set_postfix_str(f"loss {loss.item():.4f}")
                     log.scalars({f"{k}/train_step": v.item() for k, v in losses.items()} | {"lr": rate}, i + 1)
             step = (epoch + 1) * steps
             per_s = num / (time.perf_counter() - started_s)
             figures = evaluate()
+            if not math.isfinite(figures[best_by]):
+                raise UserError(
+                    f"expected a finite {best_by}, found {figures[best_by]} after epoch {epoch + 1}: the run diverged; "
+                    f"start anew with a smaller --lr"
+                )
             log.scalars(
                 {f"{k}/train": v for k, v in means.read().items()}
                 | {f"{k}/validation": v for k, v in figures.items()}

@@ -24,7 +24,8 @@ class RunLog:
         kept = ""
         if first_step > 0 and self.jsonl.exists():
             lines = self.jsonl.read_text().splitlines(keepends=True)
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= first_step)
+            whole = (line for line in lines if line.endswith("\n"))  # the last may have been cut off
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= first_step)
         write_atomically(self.jsonl, kept.encode())
         if first_step == 0:
             for old in folder.glob("events.out.tfevents.*"):

@@ -1,0 +1,392 @@
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vqvae.common import engine
+from vqvae.common.checkpoint import load_resume_state, save_resume_state
+from vqvae.common.engine import (
+    Means,
+    Training,
+    derive_seed,
+    evaluating,
+    fit,
+    in_batches,
+    learning_rate,
+    make_optimizer,
+    pick_device,
+)
+from vqvae.common.errors import UserError
+
+NUM = 23  # samples of the toy data: no multiple of its batch size
+BATCH = 4
+STEPS = 6
+
+
+@dataclass
+class Toy:
+    """A regression with dropout, fitted by the engine, and a diary of what the engine did to it."""
+
+    folder: Path
+    figures: list[float] = field(default_factory=lambda: [9.0, 8.0, 7.0, 6.0])  # of each epoch, by its number
+    batches: list[list[int]] = field(default_factory=list)  # the samples of each step
+    modes: list[bool] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)  # figures of the epochs that were kept as the best
+    fail_at: int | None = None  # step of this fit in which it breaks off
+
+    def fit(self, num_epochs: int, resume: bool = False, **changes: Any) -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        x = torch.randn(NUM, 3)
+        epochs = iter(self.figures[load_resume_state(self.folder / "resume.pt")["epoch"] if resume else 0 :])
+        self.batches.clear()
+
+        def loss(rows: Tensor, x: Tensor) -> dict[str, Tensor]:
+            if len(self.batches) == self.fail_at:
+                raise KeyboardInterrupt
+            self.batches.append(rows.tolist())
+            self.modes.append(model.training)
+            error = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            return {"error": error, "row": rows.double().mean()}
+
+        def evaluate() -> dict[str, float]:
+            model.eval()  # an evaluation that forgets to restore the mode must not matter
+            return {"figure": next(epochs), "other": 0.0}
+
+        fit(
+            model,
+            (torch.arange(NUM), x),
+            loss,
+            evaluate,
+            lambda figures: self.kept.append(figures["figure"]),
+            best_by="figure",
+            training=Training(**{"batch_size": BATCH, "num_epochs": num_epochs, "lr": 0.01, **changes}),
+            seed=changes.get("seed", 5),
+            folder=self.folder,
+            unit="things",
+            settings={"lr": 0.01},
+            after_epoch=lambda log, epoch, step: None,
+            resume=resume,
+        )
+        return model
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- Device, seeds, batches, averages
+
+
+def test_cuda_without_a_device_is_an_error_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="expected a CUDA device for --device cuda, found none; type --device cpu"):
+        pick_device("cuda")
+    assert pick_device("auto") == torch.device("cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto").type == "cuda"
+    assert pick_device("cuda").type == "cuda"
+    assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "CPU"])
+def test_another_device_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"expected --device auto, cpu or cuda, found '{name}'"):
+        pick_device(name)
+
+
+def test_seeds_differ_by_every_key_and_suit_a_generator() -> None:
+    seeds = [derive_seed(seed, use, i) for seed in range(3) for use in ("order", "step") for i in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert derive_seed(1, "order", 2) == derive_seed(1, "order", 2)
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("num", "batch"), [(10, 3), (9, 3), (2, 5), (1, 1), (0, 4)])
+def test_batches_cover_everything_once_and_in_order(num: int, batch: int) -> None:
+    parts = [list(range(num))[rows] for rows in in_batches(num, batch)]
+    assert list(chain(*parts)) == list(range(num))
+    assert all(0 < len(part) <= batch for part in parts)
+    assert all(len(part) == batch for part in parts[:-1])
+
+
+def test_averages_are_weighted_by_the_number_of_samples() -> None:
+    values = torch.randn(23, generator=torch.Generator().manual_seed(0))
+    means = Means()
+    for part in values.split(10):
+        means.add({"x": part.mean(), "twice": 2 * part.mean()}, len(part))
+    expected = values.double().mean().item()
+    assert means.read() == pytest.approx({"x": expected, "twice": 2 * expected}, rel=1e-6)
+    plain = np.mean([part.mean().item() for part in values.split(10)])
+    assert abs(plain - expected) > 1e-3  # which an average of averages would not have met
+
+
+# --- Modes
+
+
+def test_modes_are_restored_however_they_were_mixed() -> None:
+    model, other = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2))), nn.Dropout()
+    model.train()
+    model[1].eval()
+    other.eval()
+    modes = [module.training for module in [*model.modules(), other]]
+    with evaluating(model, other):
+        assert not any(module.training for module in [*model.modules(), other])
+        assert torch.is_inference_mode_enabled()
+    assert [module.training for module in [*model.modules(), other]] == modes
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_modes_are_restored_after_an_error_too() -> None:
+    model = nn.Sequential(nn.Dropout()).train()
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        raise KeyboardInterrupt
+    assert all(module.training for module in model.modules())
+
+
+# --- Schedule, settings and optimizer
+
+
+def test_a_constant_rate_is_constant() -> None:
+    assert {learning_rate(Training(lr=0.3), i / 10) for i in range(11)} == {0.3}
+
+
+def test_a_one_cycle_rate_rises_from_zero_to_its_peak_and_falls_to_zero() -> None:
+    training = Training(lr=0.3, schedule="one-cycle")
+    progress = np.linspace(0, 1, 1001)
+    rates = np.array([learning_rate(training, p) for p in progress])
+    peak = rates.argmax()
+    assert rates[0] == 0
+    assert rates[peak] == pytest.approx(0.3, rel=1e-3)
+    assert 0 < progress[peak] <= 0.2
+    assert (np.diff(rates[: peak + 1]) > 0).all()
+    assert (np.diff(rates[peak:]) < 0).all()
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert np.abs(np.diff(rates)).max() < 0.01  # no jump
+    middle = (progress[peak] + 1) / 2
+    assert learning_rate(training, middle) == pytest.approx(0.15, rel=1e-2)  # half a cosine
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "expected --batch-size between 1 and 65536, found 0"),
+        ({"num_epochs": 0}, "expected --num-epochs between 1 and 100000, found 0"),
+        ({"lr": 0.0}, "expected --lr between 1e-08 and 1, found 0"),
+        ({"lr": float("nan")}, "expected --lr between 1e-08 and 1, found nan"),
+        ({"weight_decay": -0.1}, "expected --weight-decay between 0 and 1, found -0.1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_its_flag(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Training(**changes)
+
+
+def test_weights_of_convolutions_and_linear_layers_decay_and_nothing_else() -> None:
+    model = nn.ModuleDict(
+        {"c": nn.Conv2d(1, 2, 3), "l": nn.Linear(2, 3), "e": nn.Embedding(5, 2), "n": nn.LayerNorm(2)}
+    )
+    model.register_parameter("codebook", nn.Parameter(torch.zeros(4, 2)))
+    optimizer = make_optimizer(model, Training(weight_decay=0.1, lr=0.3))
+    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    num = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert num == len(decay_of) == len(list(model.parameters()))
+    decayed = [name for name, p in model.named_parameters() if decay_of[id(p)] == 0.1]
+    assert sorted(decayed) == ["c.weight", "l.weight"]
+    assert {decay_of[id(p)] for name, p in model.named_parameters() if name not in decayed} == {0.0}
+
+
+# --- The loop
+
+
+def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    toy.fit(3)
+    epochs = [toy.batches[start : start + STEPS] for start in range(0, len(toy.batches), STEPS)]
+    assert [len(epoch) for epoch in epochs] == [STEPS] * 3
+    orders = [list(chain(*epoch)) for epoch in epochs]
+    assert all(sorted(order) == list(range(NUM)) for order in orders)
+    assert len({tuple(order) for order in [*orders, list(range(NUM))]}) == 4
+    assert all(toy.modes)
+
+
+def test_the_order_depends_on_seed_and_epoch_and_nothing_else(tmp_path: Path) -> None:
+    first = Toy(tmp_path / "first")
+    first.fit(2)
+    second = Toy(tmp_path / "second")
+    second.fit(1)
+    second.fit(2, resume=True)
+    assert second.batches == first.batches[STEPS:]
+
+
+def test_the_first_loss_is_minimised_and_the_rate_follows_the_schedule(tmp_path: Path) -> None:
+    toy = Toy(tmp_path / "a", figures=[1.0] * 40)
+    before, after = toy.fit(1, lr=1e-8), Toy(tmp_path / "b", figures=[1.0] * 40).fit(40, schedule="one-cycle")
+    torch.manual_seed(2)
+    x = torch.randn(200, 3)
+    errors = [(model.eval()(x) - x.sum(1, keepdim=True)).square().mean() for model in (before, after)]
+    assert errors[1] < 0.5 * errors[0]
+    ends = [row["lr"] for row in rows(tmp_path / "b") if "epoch" in row]
+    training = Training(lr=0.01, schedule="one-cycle")
+    last_steps = [epoch * STEPS - 1 for epoch in range(1, 41)]
+    assert ends == pytest.approx([learning_rate(training, step / (40 * STEPS)) for step in last_steps])
+
+
+def test_figures_of_an_epoch_are_weighted_by_the_number_of_samples(tmp_path: Path) -> None:
+    Toy(tmp_path).fit(1)
+    row = next(row for row in rows(tmp_path) if "epoch" in row)
+    assert row["row/train"] == pytest.approx((NUM - 1) / 2, rel=1e-9)
+    assert row["figure/validation"] == 9.0
+    assert row["things_per_s"] > 0
+    assert row["step"] == STEPS
+
+
+def test_an_epoch_is_kept_only_if_its_figure_is_the_lowest_so_far(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, figures=[5.0, 6.0, 5.0, 4.0, 4.5, 3.5, 4.0])
+    toy.fit(7)
+    assert toy.kept == [5.0, 4.0, 3.5]
+
+
+def test_the_best_so_far_is_remembered_across_a_stop(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, figures=[5.0, 3.0, 4.0, 2.0])
+    toy.fit(2)
+    toy.fit(4, resume=True)
+    assert toy.kept == [5.0, 3.0, 2.0]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def stop_after_two_epochs(toy: Toy) -> None:
+    toy.fit(2)
+
+
+def break_off_in_the_third_epoch(toy: Toy) -> None:
+    toy.fail_at = 2 * STEPS + 3
+    with pytest.raises(KeyboardInterrupt):
+        toy.fit(4)
+    toy.fail_at = None
+
+
+def break_off_while_saving_the_third_epoch(toy: Toy) -> None:
+    calls = 0
+
+    def save(path: Path, state: dict[str, Any]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        save_resume_state(path, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.checkpoint, "save_resume_state", save)
+        with pytest.raises(KeyboardInterrupt):
+            toy.fit(4)
+
+
+@pytest.mark.parametrize(
+    "stop", [stop_after_two_epochs, break_off_in_the_third_epoch, break_off_while_saving_the_third_epoch]
+)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: Callable[[Toy], None]
+) -> None:
+    monkeypatch.setattr(engine, "LOG_EVERY", 5)
+    straight, parts = Toy(tmp_path / "straight"), Toy(tmp_path / "parts")
+    straight.fit(4)
+    stop(parts)
+    torch.manual_seed(999)  # the dropout that follows must not hang on what happened in between
+    parts.fit(4, resume=True)
+    states = [load_resume_state(toy.folder / "resume.pt") for toy in (straight, parts)]
+    assert states[0]["epoch"] == 4
+    assert same(states[0], states[1])
+    logs = [
+        [{k: v for k, v in row.items() if k != "things_per_s"} for row in rows(t.folder)] for t in (straight, parts)
+    ]
+    assert logs[0] == logs[1]
+    steps = [row["step"] for row in logs[0]]
+    assert steps == sorted(set(steps))
+
+
+def test_no_scalar_is_logged_twice_for_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LOG_EVERY", STEPS // 2)  # so that its step is now and then the last of an epoch
+    Toy(tmp_path).fit(2)
+    written = [(row["step"], name) for row in rows(tmp_path) for name in row if name != "step"]
+    assert len(written) == len(set(written))
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    toy.fit(2)
+    before = load_resume_state(tmp_path / "resume.pt")
+    toy.fit(2, resume=True)
+    assert toy.batches == []
+    assert same(load_resume_state(tmp_path / "resume.pt"), before)
+
+
+def attempt(folder: Path, **changes: Any) -> None:
+    """A fit of next to nothing, for its errors."""
+    model = nn.Linear(1, 1)
+    call: dict[str, Any] = {"settings": {}, "resume": False, **changes}
+    fit(
+        model,
+        (torch.zeros(1, 1),),
+        lambda x: {"loss": model(x).mean()},
+        lambda: {"figure": 1.0},
+        lambda figures: None,
+        best_by="figure",
+        training=Training(num_epochs=1),
+        seed=0,
+        folder=folder,
+        unit="things",
+        after_epoch=lambda log, epoch, step: None,
+        **call,
+    )
+
+
+def test_resuming_where_there_is_nothing_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected a run to resume at .*resume.pt, found none; .*without --resume"):
+        attempt(tmp_path, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_under_another_setting_is_told_in_a_sentence(tmp_path: Path) -> None:
+    attempt(tmp_path, settings={"k": 8, "num_epochs": 1})
+    before = (tmp_path / "resume.pt").read_bytes()
+    with pytest.raises(UserError, match="k = 8, found k = 9; type the first, or start anew with --overwrite"):
+        attempt(tmp_path, settings={"k": 9, "num_epochs": 1}, resume=True)
+    with pytest.raises(UserError, match="beta = None, found beta = 1"):
+        attempt(tmp_path, settings={"k": 8, "beta": 1}, resume=True)
+    assert (tmp_path / "resume.pt").read_bytes() == before
+    attempt(tmp_path, settings={"k": 8, "num_epochs": 2}, resume=True)  # more epochs are what resuming is for
+
+
+def test_resume_state_of_something_else_is_told_in_a_sentence(tmp_path: Path) -> None:
+    save_resume_state(tmp_path / "resume.pt", {"weights": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"resume.pt.*--overwrite"):
+        attempt(tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"expected to write .*; name a place that can be written"):
+        attempt(tmp_path / "file" / "run")
