@@ -3,6 +3,8 @@
 torch is imported by the commands that need it, so that --help answers at once.
 """
 
+import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +26,12 @@ app = typer.Typer(
 )
 
 RECIPES = Path(__file__).parent / "configs"
+DEFAULT_DATA_FOLDER = Path("data")
 
 Config = Annotated[Path, typer.Option(help="TOML recipe; flags override it, it overrides the defaults.")]
 DataFolder = Annotated[Path, typer.Option(help="Where MNIST is, or is to be put.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same result.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Use the data that is there, or stop.")]
@@ -46,7 +49,7 @@ def train_vqvae(
     output_folder: Annotated[
         Path | None, typer.Option(help="Gets the weights and the logs [default: checkpoints/<recipe>]")
     ] = None,
-    data_folder: DataFolder = Path("data"),
+    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
     device: Device = "auto",
     hidden_size: Annotated[int | None, typer.Option(help="Size of the latent vectors [default: the recipe's]")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Number of codes [default: the recipe's]")] = None,
@@ -97,7 +100,10 @@ def train_vqvae(
         f"{figures['codes_used']:.0f} of {model_config.k} codes used, perplexity {figures['perplexity']:.0f}"
     )
     written = weights_file(folder, "vqvae")
-    print(f"wrote {written}; next: python cli.py train-prior --vqvae {written} --config {_relative(config)}")
+    following = ["train-prior", "--vqvae", written, "--config", _relative(config)]
+    if data_folder != DEFAULT_DATA_FOLDER:
+        following += ["--data-folder", data_folder]
+    _print_written(written, following)
 
 
 @app.command()
@@ -107,7 +113,7 @@ def train_prior(
         Path | None,
         typer.Option(help="Gets the weights and the logs [default: the VQ-VAE's folder, if it is yours]"),
     ] = None,
-    data_folder: DataFolder = Path("data"),
+    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
     device: Device = "auto",
     batch_size: BatchSize = None,
     num_epochs: NumEpochs = None,
@@ -151,10 +157,8 @@ def train_prior(
         f"uniform {figures['uniform']:.3f}"
     )
     written = weights_file(folder, "prior")
-    print(
-        f"wrote {written}; next: python cli.py sample --mode pixelcnn --vqvae {vqvae_file} --prior {written} "
-        f"--labels 0-9 --output samples.png"
-    )
+    following = ["sample", "--mode", "pixelcnn", "--vqvae", vqvae_file, "--prior", written, "--labels", "0-9"]
+    _print_written(written, following)
 
 
 @app.command()
@@ -256,7 +260,7 @@ def sample(
 @app.command()
 def reconstruct(
     num_images: Annotated[int, typer.Option(help="How many test images, from the first on.")] = 100,
-    data_folder: DataFolder = Path("data"),
+    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
     device: Device = "auto",
     output: Annotated[
         Path, typer.Option(help=".png for two grids (this one and <name>-original.png), .npz for arrays.")
@@ -298,7 +302,7 @@ def reconstruct(
 @app.command()
 def compare(
     num_samples: Annotated[int, typer.Option(help="Images of each mode, a multiple of 10.")] = 30,
-    data_folder: DataFolder = Path("data"),
+    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
     device: Device = "auto",
     seed: Seed = 0,
     output: Annotated[Path, typer.Option(help=".png for the picture, .npz for its arrays.")] = Path("compare.png"),
@@ -364,6 +368,11 @@ def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def _print_written(written: Path, following: list[Any]) -> None:
+    """What was written, and the command to type next, quoted for a shell."""
+    print(f"wrote {written}; next: python cli.py {shlex.join(map(str, following))}")
+
+
 def _progress(num_samples: int) -> Any:
     from tqdm import tqdm
 
@@ -388,11 +397,9 @@ def _parse_labels(text: str) -> list[int]:
     labels: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit() or int(first) > int(last or first):
+        if not re.fullmatch("[0-9](-[0-9])?", part) or first > (last or first):
             raise UserError(f"expected digits such as 7, 0-9 or 1,3,5, found {text!r}; type --labels 0-9")
         labels.extend(range(int(first), int(last or first) + 1))
-    if max(labels) > 9:
-        raise UserError(f"expected digits from 0 to 9, found {text!r}; type --labels 0-9")
     return labels
 
 

@@ -10,6 +10,7 @@ from prior.model import GatedPixelCNN
 from prior.sampling import sample
 from vqvae.common.data import NUM_CLASSES, Split, to_model_range, to_unit_range
 from vqvae.common.engine import derive_seed, evaluating
+from vqvae.common.errors import UserError
 from vqvae.common.metrics import codes_used, count_codes
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE
@@ -81,7 +82,17 @@ def compare(
 
 
 def first_of_each_class(labels: Tensor, num: int) -> Tensor:
-    """Positions of the first `num` of each digit, ordered so that a grid of ten columns has a digit in each."""
+    """Positions of the first `num` of each digit, ordered so that a grid of ten columns has a digit in each.
+
+    Raises:
+        UserError: a digit has fewer.
+    """
+    fewest = int(torch.bincount(labels, minlength=NUM_CLASSES).min())
+    if fewest < num:
+        raise UserError(
+            f"expected --num-samples of at most {fewest * NUM_CLASSES}, ten times the test images of the rarest "
+            f"digit, found {num * NUM_CLASSES}; type --num-samples {max(fewest, 1) * NUM_CLASSES}"
+        )
     per_class = [(labels == digit).nonzero().squeeze(1)[:num] for digit in range(NUM_CLASSES)]
     return torch.stack(per_class, dim=1).flatten()
 

@@ -88,10 +88,11 @@ class GatedPixelCNN(nn.Module):
         super().__init__()
         # Each layer sees one column further to either side and one row further up than the last, and
         # the shift has brought the first row and the first column to the left already.
-        needed = max(map_shape[1] - 1, map_shape[0] - 2, 1)
+        height, width = map_shape
+        needed = max(width - 1 if height > 1 else width - 2, height - 2, 1)
         if config.num_layers < needed:
             raise UserError(
-                f"expected at least {needed} layers for a map of {map_shape[0]}x{map_shape[1]} codes, so that each "
+                f"expected at least {needed} layers for a map of {height}x{width} codes, so that each "
                 f"position sees all before it, found {config.num_layers}; set num_layers = {needed} in [prior]"
             )
         self.config, self.num_codes, self.map_shape = config, num_codes, map_shape

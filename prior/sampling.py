@@ -82,7 +82,9 @@ def adjust(logits: Tensor, temperature: float, top_k: int | None, top_p: float) 
 
     Ties at the edge of top-k and top-p go to the lower index.
     """
-    probabilities = (logits.double() / temperature).softmax(dim=1)
+    logits = logits.double()
+    # Less the largest first: the quotient would overflow at the least temperatures.
+    probabilities = ((logits - logits.amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)
     if (top_k is None or top_k >= logits.shape[1]) and top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(dim=1, descending=True, stable=True)

@@ -62,7 +62,7 @@ def test_a_flag_that_is_zero_or_false_counts_as_given() -> None:
         ({"lr": True}, "expected lr to be of type float, found True"),
         ({"kind": "gatde"}, "expected kind to be one of 'plain', 'gated', found 'gatde'"),
         ({"kind": []}, r"expected kind to be one of 'plain', 'gated', found \[\]"),
-        ({"num_epochs": 0}, "expected --num-epochs between 1 and 100, found 0; type --num-epochs with a value"),
+        ({"num_epochs": 0}, "expected num_epochs between 1 and 100, found 0; set it within that range"),
     ],
 )
 def test_a_wrong_value_is_refused_in_a_sentence(values: dict[str, Any], message: str) -> None:

@@ -15,7 +15,15 @@ Mode = Callable[[VQVAE, int, torch.Generator], Tensor]
 def tiny(image_size: int = 28) -> VQVAE:
     torch.manual_seed(0)
     model = VQVAE(
-        VQVAEConfig(hidden_size=4, k=8, width=8, num_residual_blocks=1, codebook_learning="ema", image_size=image_size)
+        VQVAEConfig(
+            hidden_size=4,
+            k=8,
+            width=8,
+            num_encoder_blocks=1,
+            num_decoder_blocks=1,
+            codebook_learning="ema",
+            image_size=image_size,
+        )
     )
     with torch.no_grad():
         model.quantizer.codebook.normal_()

@@ -11,7 +11,7 @@ from vqvae.common.errors import UserError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
 from vqvae.train import VQVAETraining
 
-TINY = {"hidden_size": 4, "k": 8, "width": 8, "num_residual_blocks": 1, "ema_decay": 0.9}
+TINY = {"hidden_size": 4, "k": 8, "width": 8, "num_encoder_blocks": 1, "num_decoder_blocks": 1, "ema_decay": 0.9}
 LEARNING = ["gradient", "ema"]
 
 
@@ -156,7 +156,7 @@ def test_a_model_is_rebuilt_from_its_file_alone(tmp_path: Path, fixture_folder: 
 
 def test_a_header_that_asks_for_another_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "vqvae.safetensors"
-    config = {**TINY, "codebook_learning": "ema", "width": 2048, "num_residual_blocks": 64}
+    config = {**TINY, "codebook_learning": "ema", "width": 2048, "num_encoder_blocks": 64, "num_decoder_blocks": 64}
     checkpoint.save(path, tiny(), stage="vqvae", config=config, recipe={}, metrics={})
     with pytest.raises(UserError, match=r"expected weights in .*vqvae.safetensors that match their header"):
         load_vqvae(path, torch.device("cpu"))

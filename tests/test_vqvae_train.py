@@ -24,7 +24,15 @@ STEPS = 7  # of an epoch: 440 training digits in batches of 64
 
 
 def tiny_config(learning: str = "ema") -> VQVAEConfig:
-    return VQVAEConfig(hidden_size=4, k=8, width=8, num_residual_blocks=1, codebook_learning=learning, ema_decay=0.9)
+    return VQVAEConfig(
+        hidden_size=4,
+        k=8,
+        width=8,
+        num_encoder_blocks=1,
+        num_decoder_blocks=1,
+        codebook_learning=learning,
+        ema_decay=0.9,
+    )
 
 
 def tiny(learning: str = "ema") -> VQVAE:

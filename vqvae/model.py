@@ -31,7 +31,8 @@ class VQVAEConfig:
     hidden_size: int = 40  # D, size of the latent vectors
     k: int = 512  # number of codes
     width: int = 40  # channels of the residual blocks
-    num_residual_blocks: int = 2  # in the encoder, and again in the decoder
+    num_encoder_blocks: int = 2
+    num_decoder_blocks: int = 2
     codebook_learning: CodebookLearning = "gradient"
     ema_decay: float = 0.99  # of an EMA codebook
     image_size: int = 28
@@ -40,7 +41,8 @@ class VQVAEConfig:
         require_range("hidden_size", self.hidden_size, 1, 1024)
         require_range("k", self.k, 2, 32767)  # code maps are stored as int16
         require_range("width", self.width, 4, 2048)
-        require_range("num_residual_blocks", self.num_residual_blocks, 0, 64)
+        require_range("num_encoder_blocks", self.num_encoder_blocks, 0, 64)
+        require_range("num_decoder_blocks", self.num_decoder_blocks, 0, 64)
         require_range("ema_decay", self.ema_decay, 0, 0.99999)
         require_range("image_size", self.image_size, DOWNSAMPLING, 1024)
 
@@ -76,7 +78,7 @@ class Encoder(nn.Sequential):
             nn.Conv2d(1, width // 2, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
-            *(ResidualBlock(width) for _ in range(config.num_residual_blocks)),
+            *(ResidualBlock(width) for _ in range(config.num_encoder_blocks)),
             nn.ReLU(),
             nn.Conv2d(width, config.hidden_size, 1),
         )
@@ -89,7 +91,7 @@ class Decoder(nn.Sequential):
         width = config.width
         super().__init__(
             nn.Conv2d(config.hidden_size, width, 3, padding=1),
-            *(ResidualBlock(width) for _ in range(config.num_residual_blocks)),
+            *(ResidualBlock(width) for _ in range(config.num_decoder_blocks)),
             nn.ReLU(),
             nn.Conv2d(width, 4 * (width // 4), 3, padding=1),
             nn.PixelShuffle(2),

@@ -73,11 +73,15 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def require_range(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside low..high (both allowed), naming it as it is typed on the command line."""
+    """Refuse a setting outside low..high (both allowed).
+
+    Raises:
+        UserError: always then, naming the setting.
+    """
     if not low <= value <= high:
-        flag = "--" + name.replace("_", "-")
         raise UserError(
-            f"expected {flag} between {low:g} and {high:g}, found {value:g}; type {flag} with a value in that range"
+            f"expected {name} between {low:g} and {high:g}, found {value:g}; set it within that range, "
+            f"in the recipe or by its flag where it has one"
         )
 
 

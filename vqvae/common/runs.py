@@ -25,13 +25,18 @@ def prepare_run(folder: Path, stage: str, resume: bool, overwrite: bool) -> None
         raise UserError(
             f"expected an --output-folder of your own, found {folder}, which holds the shipped weights; name another"
         )
-    if not (resume or overwrite) and (weights_file(folder, stage).exists() or (folder / stage / "resume.pt").exists()):
+    resume_file = folder / stage / "resume.pt"
+    if resume and not resume_file.exists():
+        raise UserError(f"expected a run to resume at {resume_file}, found none; start one without --resume")
+    if not (resume or overwrite) and (weights_file(folder, stage).exists() or resume_file.exists()):
         raise UserError(
             f"expected no {stage} run in {folder}, found one; go on with it with --resume, replace it with "
             f"--overwrite, or name another --output-folder"
         )
     try:
         (folder / stage).mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            resume_file.unlink(missing_ok=True)  # or --resume could go on with the run that was given up
     except OSError as error:
         raise UserError(f"expected to write to {folder}: {error.strerror}; name another --output-folder") from None
 
