@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prior.model import GatedPixelCNN
 from prior.sampling import sample
+from prior.train import objective
 from vqvae.common.data import NUM_CLASSES, Split, to_model_range, to_unit_range
 from vqvae.common.engine import derive_seed, evaluating
 from vqvae.common.errors import UserError
@@ -100,7 +100,7 @@ def first_of_each_class(labels: Tensor, num: int) -> Tensor:
 def nats_per_code(prior: GatedPixelCNN, indices: Tensor) -> float:
     """Mean negative log-likelihood of maps (N, H, W) under the prior, without labels."""
     with evaluating(prior):
-        return float(F.cross_entropy(prior(indices), indices))
+        return objective(prior, indices, None)["nats_per_code"].item()
 
 
 def nearest(images: Tensor, digits: Tensor) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from prior.codes import Codes, extract, extract_cached
@@ -36,9 +37,10 @@ class PriorTraining(Training):
         require_range("label_dropout", self.label_dropout, 0, 1)
 
 
-def objective(prior: GatedPixelCNN, indices: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Mean negative log-likelihood of maps (B, H, W) under labels (B,), in nats per code."""
-    return {"nats_per_code": F.cross_entropy(prior(indices, labels), indices)}
+def objective(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """Mean negative log-likelihood of maps (B, H, W) under labels (B,) or under none, in nats per code."""
+    logits = rearrange(prior(indices, labels), "b k h w -> (b h w) k")  # twice as fast as over a middle axis
+    return {"nats_per_code": F.cross_entropy(logits, indices.flatten())}
 
 
 def drop_labels(labels: Tensor, share: float) -> Tensor:
@@ -53,7 +55,7 @@ def evaluate(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
         for rows in in_batches(len(codes.labels), EVALUATION_BATCH):
             indices, labels = codes.indices[rows], codes.labels[rows]
             with_label = objective(prior, indices, labels)["nats_per_code"]
-            without = objective(prior, indices, torch.full_like(labels, NO_LABEL))["nats_per_code"]
+            without = objective(prior, indices, None)["nats_per_code"]
             means.add({"nats_per_code": with_label, "nats_per_code_unlabelled": without}, len(indices))
     figures = means.read()
     num_positions = codes.indices[0].numel()
