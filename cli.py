@@ -158,6 +158,7 @@ def train_prior(
     )
     written = weights_file(folder, "prior")
     following = ["sample", "--mode", "pixelcnn", "--vqvae", vqvae_file, "--prior", written, "--labels", "0-9"]
+    following += ["--output", "samples.png"]
     _print_written(written, following)
 
 

@@ -47,6 +47,7 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
     origin = {"vqvae": fingerprint, "data": data.digest(split)}
     cached = _read(path, origin)
     if cached is None:
+        print(f"extracting the code maps of {len(split.labels)} {name} images", flush=True)
         codes = extract(model, split)
         tensors = {
             "indices": codes.indices.to("cpu", torch.int16),

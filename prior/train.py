@@ -23,7 +23,7 @@ from vqvae.model import load_vqvae
 from vqvae.train import decode
 
 EVALUATION_BATCH = 250
-SHOW_EVERY = 2  # epochs between sample grids
+SHOW_EVERY = 4  # epochs between sample grids
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,6 @@ def train_prior(
     validation = extract_cached(vqvae, vqvae_header.fingerprint, validation_split, "validation", folder)
     del train_split, validation_split
     reference = baselines(train, validation, vqvae.config.k)
-    print(
-        f"validation nats per code to beat: uniform {reference['uniform']:.3f}, "
-        f"per-position unigram {reference['unigram']:.3f}"
-    )
     torch.manual_seed(seed)
     prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(device).to(memory_format=torch.channels_last)
     settings = {**asdict(config), **asdict(training), "seed": seed, "vqvae": vqvae_header.fingerprint}
@@ -121,7 +117,6 @@ def train_prior(
         if epoch == 1:
             with evaluating(prior):
                 log.graph(prior, (train.indices[:1], train.labels[:1]))
-        log.scalars({f"baseline/{name}": nats for name, nats in reference.items()}, step)
         if epoch % SHOW_EVERY == 0 or epoch == training.num_epochs:
             labels = torch.arange(NUM_CLASSES).repeat(NUM_CLASSES)
             generator = torch.Generator().manual_seed(derive_seed(seed, "samples"))
@@ -132,7 +127,7 @@ def train_prior(
         prior,
         (train.indices, train.labels),
         lambda indices, labels: objective(prior, indices, drop_labels(labels, training.label_dropout)),
-        lambda: evaluate(prior, validation),
+        lambda: {**evaluate(prior, validation), **reference},
         save_best,
         best_by="nats_per_code",
         training=training,

@@ -89,8 +89,8 @@ def test_both_ends_of_a_range_are_allowed(value: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 101, -1, float("nan"), float("inf")])
-def test_what_is_not_in_a_range_is_refused_by_the_name_of_its_flag(value: float) -> None:
-    with pytest.raises(UserError, match=f"expected --num-epochs between 1 and 100, found {value:g}"):
+def test_what_is_not_in_a_range_is_refused_by_name(value: float) -> None:
+    with pytest.raises(UserError, match=f"expected num_epochs between 1 and 100, found {value:g}"):
         require_range("num_epochs", value, 1, 100)
 
 

@@ -183,14 +183,14 @@ def test_a_one_cycle_rate_rises_from_zero_to_its_peak_and_falls_to_zero() -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "expected --batch-size between 1 and 65536, found 0"),
-        ({"num_epochs": 0}, "expected --num-epochs between 1 and 100000, found 0"),
-        ({"lr": 0.0}, "expected --lr between 1e-08 and 1, found 0"),
-        ({"lr": float("nan")}, "expected --lr between 1e-08 and 1, found nan"),
-        ({"weight_decay": -0.1}, "expected --weight-decay between 0 and 1, found -0.1"),
+        ({"batch_size": 0}, "expected batch_size between 1 and 65536, found 0"),
+        ({"num_epochs": 0}, "expected num_epochs between 1 and 100000, found 0"),
+        ({"lr": 0.0}, "expected lr between 1e-08 and 1, found 0"),
+        ({"lr": float("nan")}, "expected lr between 1e-08 and 1, found nan"),
+        ({"weight_decay": -0.1}, "expected weight_decay between 0 and 1, found -0.1"),
     ],
 )
-def test_a_setting_out_of_range_is_refused_by_its_flag(changes: dict[str, float], message: str) -> None:
+def test_a_setting_out_of_range_is_refused_by_name(changes: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Training(**changes)
 

@@ -190,7 +190,7 @@ def test_relabelled_codes_with_tables_permuted_to_match_only_permute_the_logits(
     ("field", "value"), [("width", 0), ("num_layers", 0), ("dropout", -0.1), ("dropout", 1.0), ("num_layers", 65)]
 )
 def test_a_setting_out_of_its_range_is_refused_by_name(field: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"{field.replace('_', '-')} between .* found {value:g}"):
+    with pytest.raises(UserError, match=f"{field} between .* found {value:g}"):
         PriorConfig(**{field: value})
 
 

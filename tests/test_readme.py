@@ -41,7 +41,6 @@ def test_a_command_of_the_readme_runs_as_written(command: str, copy: Path) -> No
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(copy),  # this copy, not the installed one
-        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(command, shell=True, cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -83,14 +83,14 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 0}, "expected --hidden-size between 1 and 1024, found 0"),
-        ({"k": 1}, "expected --k between 2 and 32767, found 1"),
-        ({"k": 40000}, "expected --k between 2 and 32767, found 40000"),
-        ({"ema_decay": 1.0}, "expected --ema-decay between 0 and 0.99999, found 1"),
-        ({"ema_decay": float("nan")}, "expected --ema-decay between 0 and 0.99999, found nan"),
+        ({"hidden_size": 0}, "expected hidden_size between 1 and 1024, found 0"),
+        ({"k": 1}, "expected k between 2 and 32767, found 1"),
+        ({"k": 40000}, "expected k between 2 and 32767, found 40000"),
+        ({"ema_decay": 1.0}, "expected ema_decay between 0 and 0.99999, found 1"),
+        ({"ema_decay": float("nan")}, "expected ema_decay between 0 and 0.99999, found nan"),
     ],
 )
-def test_a_setting_out_of_range_is_refused_by_its_flag(changes: dict[str, float], message: str) -> None:
+def test_a_setting_out_of_range_is_refused_by_name(changes: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         VQVAEConfig(**changes)
 

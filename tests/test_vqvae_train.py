@@ -158,7 +158,7 @@ def test_beta_scales_the_commitment_term_alone() -> None:
 
 @pytest.mark.parametrize("beta", [0.09, 2.1, -1.0])
 def test_beta_out_of_range_is_refused(beta: float) -> None:
-    with pytest.raises(UserError, match=r"expected --beta between 0.1 and 2, found"):
+    with pytest.raises(UserError, match=r"expected beta between 0.1 and 2, found"):
         VQVAETraining(beta=beta)
 
 

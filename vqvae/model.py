@@ -33,6 +33,7 @@ class VQVAEConfig:
     width: int = 40  # channels of the residual blocks
     num_encoder_blocks: int = 2
     num_decoder_blocks: int = 2
+    position_scale: float = 0.0  # spread at the start of the learned vector that each place adds to its z_e; 0: none
     codebook_learning: CodebookLearning = "gradient"
     ema_decay: float = 0.99  # of an EMA codebook
     image_size: int = 28
@@ -43,6 +44,7 @@ class VQVAEConfig:
         require_range("width", self.width, 4, 2048)
         require_range("num_encoder_blocks", self.num_encoder_blocks, 0, 64)
         require_range("num_decoder_blocks", self.num_decoder_blocks, 0, 64)
+        require_range("position_scale", self.position_scale, 0, 100)
         require_range("ema_decay", self.ema_decay, 0, 0.99999)
         require_range("image_size", self.image_size, DOWNSAMPLING, 1024)
 
@@ -116,6 +118,9 @@ class VQVAE(nn.Module):
         side = config.image_size // DOWNSAMPLING
         self.map_shape = (side, side)
         self.encoder = Encoder(config)
+        # Lets codes specialise by place: blank paper in a corner and blank paper inside a loop differ.
+        start = config.position_scale * torch.randn(1, config.hidden_size, side, side)
+        self.position = nn.Parameter(start) if config.position_scale > 0 else None
         self.quantizer = VectorQuantizer(config.k, config.hidden_size, config.codebook_learning, config.ema_decay)
         self.decoder = Decoder(config)
 
@@ -137,7 +142,8 @@ class VQVAE(nn.Module):
         size = self.config.image_size
         if x.shape[1:] != (1, size, size):
             raise ValueError(f"expected images of shape (B, 1, {size}, {size}), found {tuple(x.shape)}")
-        return self.encoder(x)
+        z_e = self.encoder(x)
+        return z_e if self.position is None else z_e + self.position
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices (B, S/4, S/4) int64 of images (B, 1, S, S) in -1..1."""
