@@ -7,6 +7,7 @@ ReLU, 1x1), and the mirror image of it; no normalisation, so no item of a batch 
 residual work is done at a quarter of the image's side, where a convolution costs a sixteenth. The decoder
 rises by sub-pixel convolutions, which contain the paper's transposed ones (a 4x4 transposed convolution
 of stride 2 is a 3x3 convolution to four times the channels with some weights zero) and run faster on a CPU.
+Two more departures: residual blocks start as the identity, and each place may add a learned vector to its z_e.
 """
 
 from dataclasses import dataclass
