@@ -50,7 +50,8 @@ def compare(
     def generator(name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(seed, name))
 
-    def mode(name: str, title: str, indices: Tensor, images: Tensor, meant: Tensor = labels) -> Mode:
+    def mode(name: str, title: str, indices: Tensor, meant: Tensor, images: Tensor | None = None) -> Mode:
+        images = decode(vqvae, indices) if images is None else images
         used = codes_used(count_codes(indices, vqvae.config.k))
         nats, distance = nats_per_code(prior, indices), nearest(images, digits)
         return Mode(name, title, images, indices.cpu(), meant, used, nats, distance)
@@ -60,24 +61,13 @@ def compare(
         from_images = gaussian_images(vqvae, num_samples, generator("images"))
     drawn = sample(prior, num_samples, generator("pixelcnn"), labels=labels).to(vqvae.device)
     none = torch.full_like(labels, -1)
+    originals = to_unit_range(to_model_range(real)).cpu()
     return [
-        mode("real", "real test digits", maps, to_unit_range(to_model_range(real)).cpu()),
-        mode("reconstructed", "their reconstructions", maps, reconstructions),
-        mode(
-            "gaussian_latent",
-            "gaussian: codes nearest to Gaussian latents",
-            from_latents,
-            decode(vqvae, from_latents),
-            none,
-        ),
-        mode(
-            "gaussian_image",
-            "gaussian: Gaussian images through the model",
-            from_images,
-            decode(vqvae, from_images),
-            none,
-        ),
-        mode("pixelcnn", "pixelcnn: codes drawn from the learned prior", drawn, decode(vqvae, drawn)),
+        mode("real", "real test digits", maps, labels, originals),
+        mode("reconstructed", "their reconstructions", maps, labels, reconstructions),
+        mode("gaussian_latent", "gaussian: codes nearest to Gaussian latents", from_latents, none),
+        mode("gaussian_image", "gaussian: Gaussian images through the model", from_images, none),
+        mode("pixelcnn", "pixelcnn: codes drawn from the learned prior", drawn, labels),
     ]
 
 
