@@ -38,7 +38,14 @@ NoDownload = Annotated[bool, typer.Option("--no-download", help="Use the data th
 VQVAEFile = Annotated[
     Path | None, typer.Option("--vqvae", help="VQ-VAE weights [default: your newest, or the shipped]")
 ]
+ClassifierFile = Annotated[
+    Path | None, typer.Option("--classifier", help="Classifier weights [default: your newest, or the shipped]")
+]
 PriorFile = Annotated[Path | None, typer.Option("--prior", help="Prior weights [default: your newest, or the shipped]")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="How far the label is heeded, above 1 more than the prior itself would [default: 1]"),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Samples a step [default: the recipe's]")]
 NumEpochs = Annotated[int | None, typer.Option(help="Passes over the data [default: the recipe's]")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate [default: the recipe's]")]
@@ -163,6 +170,47 @@ def train_prior(
 
 
 @app.command()
+def train_classifier(
+    output_folder: Annotated[Path, typer.Option(help="Gets the weights and the logs.")] = Path(
+        "checkpoints/classifier"
+    ),
+    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    device: Device = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step [default: 128]")] = None,
+    num_epochs: Annotated[int | None, typer.Option(help="Passes over the data [default: 12]")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate [default: 4e-3]")] = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    no_download: NoDownload = False,
+) -> None:
+    """Train the digit classifier whose features `evaluate` measures with."""
+    from vqvae.common.classifier import ClassifierConfig, ClassifierTraining
+    from vqvae.common.classifier import train_classifier as train
+    from vqvae.common.config import resolve
+    from vqvae.common.engine import pick_device
+    from vqvae.common.runs import prepare_run, weights_file
+
+    flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
+    model_config, training = resolve((ClassifierConfig, ClassifierTraining), {}, flags)
+    chosen_device = pick_device(device)
+    prepare_run(output_folder, "classifier", resume, overwrite)
+    figures = train(
+        model_config,
+        training,
+        seed=seed,
+        data_folder=data_folder,
+        output_folder=output_folder,
+        device=chosen_device,
+        resume=resume,
+        download=not no_download,
+    )
+    print(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
+    written = weights_file(output_folder, "classifier")
+    _print_written(written, ["evaluate", "--classifier", written])
+
+
+@app.command()
 def sample(
     mode: Annotated[
         str,
@@ -178,6 +226,7 @@ def sample(
     num_samples: Annotated[int, typer.Option(help="How many images.")] = 100,
     label: Annotated[int | None, typer.Option(help="pixelcnn only: draw this digit.")] = None,
     labels: Annotated[str | None, typer.Option(help="pixelcnn only: draw these in turn, as 0-9 or 1,3,5.")] = None,
+    guidance: Guidance = None,
     temperature: Annotated[float | None, typer.Option(help="pixelcnn only: below 1 safer, above 1 wilder.")] = None,
     top_k: Annotated[int | None, typer.Option(help="pixelcnn only: draw among the k likeliest codes.")] = None,
     top_p: Annotated[
@@ -203,6 +252,7 @@ def sample(
     pixelcnn_only = {
         "--label": label,
         "--labels": labels,
+        "--guidance": guidance,
         "--temperature": temperature,
         "--top-k": top_k,
         "--top-p": top_p,
@@ -249,6 +299,7 @@ def sample(
                 num_samples,
                 generator,
                 labels=drawn_labels,
+                guidance=1.0 if guidance is None else guidance,
                 temperature=1.0 if temperature is None else temperature,
                 top_k=top_k,
                 top_p=1.0 if top_p is None else top_p,
@@ -343,6 +394,69 @@ def compare(
     arrays = {name: torch.cat([getattr(mode, name) for mode in modes]) for name in ("images", "indices", "labels")}
     names = [mode.name for mode in modes for _ in mode.labels]
     _write_arrays(output, {**arrays, "modes": names})
+
+
+@app.command()
+def evaluate(
+    num_samples: Annotated[int, typer.Option(help="Images in each set.")] = 10_000,
+    split: Annotated[str, typer.Option(help="test for figures to report, validation for choices.")] = "test",
+    guidance: Guidance = None,
+    cas: Annotated[
+        bool, typer.Option("--cas", help="Also the classification accuracy score: trains two classifiers.")
+    ] = False,
+    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    device: Device = "auto",
+    seed: Seed = 0,
+    output_folder: Annotated[
+        Path, typer.Option(help="Gets report.html, metrics.json, the tables and the pictures.")
+    ] = Path("evaluation"),
+    vqvae: VQVAEFile = None,
+    prior: PriorFile = None,
+    classifier: ClassifierFile = None,
+    no_download: NoDownload = False,
+) -> None:
+    """Measure both stages: FID, KID, coverage, agreement with labels, memorisation, likelihood."""
+    from prior.evaluate import classification_accuracy_score
+    from prior.evaluate import evaluate as measure
+    from prior.model import load_prior
+    from prior.report import as_text, tabulate, write_report
+    from vqvae.common.classifier import load_classifier
+    from vqvae.common.data import load_test, load_train_and_validation
+    from vqvae.common.engine import pick_device
+    from vqvae.common.runs import describe, find_classifier, find_pair
+    from vqvae.model import load_vqvae
+
+    _require_choice("--split", split, ("test", "validation"))
+    chosen_device = pick_device(device)
+    vqvae_file, prior_file = find_pair(vqvae, prior)
+    classifier_file = find_classifier(classifier)
+    model, header = load_vqvae(vqvae_file, chosen_device)
+    network, prior_header = load_prior(prior_file, model, header, chosen_device)
+    eyes, eyes_header = load_classifier(classifier_file, chosen_device)
+    print(f"weights: {describe(vqvae_file)}, {describe(prior_file)} and {describe(classifier_file)}")
+    train_digits, validation_digits = load_train_and_validation(data_folder, not no_download)
+    splits = {"train": train_digits, "validation": validation_digits}
+    if split == "test":
+        splits["test"] = load_test(data_folder, not no_download)
+    scale = 1.0 if guidance is None else guidance
+    evaluation = measure(model, network, eyes, splits, num_samples=num_samples, seed=seed, guidance=scale)
+    if cas:
+        labelled = next(s for s in evaluation.sets if s.name == "pixelcnn_labelled")
+        scores = classification_accuracy_score(labelled, train_digits, splits[split], seed, chosen_device)
+        evaluation.figures["classification_accuracy_score"] = scores
+    origin = {
+        "split": split,
+        "num_samples": num_samples,
+        "seed": seed,
+        "guidance": scale,
+        "vqvae": header.fingerprint,
+        "prior": prior_header.fingerprint,
+        "classifier": eyes_header.fingerprint,
+    }
+    for title, rows in tabulate(evaluation.figures):
+        print(f"\n{title} (classifier {eyes_header.fingerprint[:12]})\n{as_text(rows)}")
+    write_report(evaluation, origin, output_folder)
+    print(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
 
 
 def _write(output: Path, images: "torch.Tensor", arrays: Mapping[str, Any]) -> None:

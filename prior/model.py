@@ -67,9 +67,9 @@ class GatedLayer(nn.Module):
         return v, h
 
 
-def gate(features: Tensor) -> Tensor:
-    """tanh of one half of the channels times the sigmoid of the other (eq. 2)."""
-    f, g = features.chunk(2, dim=1)
+def gate(features: Tensor, dim: int = 1) -> Tensor:
+    """tanh of one half of the channels, which are dimension `dim`, times the sigmoid of the other (eq. 2)."""
+    f, g = features.chunk(2, dim=dim)
     return torch.tanh(f) * torch.sigmoid(g)
 
 

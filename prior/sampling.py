@@ -1,7 +1,7 @@
 """Ancestral sampling: a map drawn code by code, in raster order, each from the softmax over those before.
 
 Every code takes one uniform number, and sample n takes row n of them, so a sample does not depend on
-the batch it is drawn in, and another sampler can be held against this one index by index.
+the batch it is drawn in, and the two ways to the logits can be held against each other index by index.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prior.incremental import IncrementalLogits
 from prior.model import NO_LABEL, GatedPixelCNN
 from vqvae.common.data import NUM_CLASSES
 from vqvae.common.engine import evaluating, in_batches
 from vqvae.common.errors import UserError
 
 SAMPLING_BATCH = 100
+MAX_GUIDANCE = 100
+
+# Logits (B, K) at (i, j) given the codes before it in indices (B, H, W): called as logits_at(indices, i, j).
+LogitsAt = Callable[[Tensor, int, int], Tensor]
+
+
+def plain_logits(prior: GatedPixelCNN, labels: Tensor) -> LogitsAt:
+    """One full pass over the map for each position: the reference that IncrementalLogits is held against."""
+    return lambda indices, i, j: prior(indices, labels)[:, :, i, j]
 
 
 def sample(
@@ -23,9 +33,12 @@ def sample(
     generator: torch.Generator,
     *,
     labels: Tensor | None = None,
+    given: Tensor | None = None,
+    guidance: float = 1.0,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    logits_from: Callable[[GatedPixelCNN, Tensor], LogitsAt] = IncrementalLogits,
     batch_size: int = SAMPLING_BATCH,
     progress: Callable[[int], object] = lambda num_done: None,
 ) -> Tensor:
@@ -34,16 +47,27 @@ def sample(
     Args:
         generator: on the CPU; gives num_samples * H * W uniform numbers, sample by sample.
         labels: (num_samples,) int64 digits; None draws without a label.
+        given: (num_samples, H, W) int64 codes to keep, -1 where one is to be drawn; a draw heeds those before it only.
+        guidance: at least 0; how far to go from the logits without the label towards those with it, and beyond
+            (classifier-free guidance, arXiv:2207.12598); 1 is the prior itself. Needs labels.
         temperature: over 0; logits are divided by it.
         top_k: keep the k most likely codes, at least 1.
         top_p: keep the most likely codes that together reach this probability, in (0, 1].
+        logits_from: IncrementalLogits, or plain_logits for the same indices the slow way.
         batch_size: maps drawn at once; the result doesn't depend on it.
         progress: called with the number of maps finished since the last call.
     Raises:
         UserError: an option out of its range, or a label that is no digit.
+        ValueError: given codes of another shape, or that there are none of.
     """
     if num_samples < 1:
         raise UserError(f"expected --num-samples of at least 1, found {num_samples}; type --num-samples 100")
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        raise UserError(
+            f"expected --guidance between 0 and {MAX_GUIDANCE}, found {guidance:g}; type --guidance 1 for none"
+        )
+    if guidance != 1 and labels is None:
+        raise UserError(f"expected labels with --guidance {guidance:g}, found none; type --labels 0-9 too")
     if not temperature > 0:
         raise UserError(
             f"expected --temperature over 0, found {temperature:g}; type --top-k 1 for the most likely codes"
@@ -59,6 +83,12 @@ def sample(
             f"expected {num_samples} labels in 0..{NUM_CLASSES - 1}, found {labels.tolist()}; "
             f"type --label 7 or --labels 0-9"
         )
+    shape = (num_samples, *prior.map_shape)
+    if given is not None and (given.shape != shape or int(given.max()) >= prior.num_codes):
+        raise ValueError(
+            f"expected given codes below {prior.num_codes} of shape {shape}, found some up to {int(given.max())} of "
+            f"shape {tuple(given.shape)}"
+        )
     device = prior.device
     maps = []
     with evaluating(prior):
@@ -67,14 +97,31 @@ def sample(
             uniforms = torch.rand(num, *prior.map_shape, generator=generator, dtype=torch.float64)
             batch_labels = labels[rows].to(device)
             indices = torch.zeros(num, *prior.map_shape, dtype=torch.int64, device=device)
+            logits_at = guided(prior, batch_labels, guidance, logits_from)
             for i in range(prior.map_shape[0]):
                 for j in range(prior.map_shape[1]):
-                    logits = prior(indices, batch_labels)[:, :, i, j]
-                    probabilities = adjust(logits, temperature, top_k, top_p)
-                    indices[:, i, j] = draw(probabilities, uniforms[:, i, j].to(device))
+                    probabilities = adjust(logits_at(indices, i, j), temperature, top_k, top_p)
+                    drawn = draw(probabilities, uniforms[:, i, j].to(device))
+                    kept = drawn if given is None else given[rows, i, j].to(device)
+                    indices[:, i, j] = torch.where(kept >= 0, kept, drawn)
             maps.append(indices.cpu())
             progress(num)
     return torch.cat(maps)
+
+
+def guided(
+    prior: GatedPixelCNN, labels: Tensor, guidance: float, logits_from: Callable[[GatedPixelCNN, Tensor], LogitsAt]
+) -> LogitsAt:
+    """Logits under guidance: u + guidance * (l - u) of those with the label, l, and those without, u."""
+    if guidance == 1:
+        return logits_from(prior, labels)
+    both = logits_from(prior, torch.cat([labels, torch.full_like(labels, NO_LABEL)]))
+
+    def logits_at(indices: Tensor, i: int, j: int) -> Tensor:
+        labelled, unlabelled = both(indices.repeat(2, 1, 1), i, j).chunk(2)
+        return unlabelled + guidance * (labelled - unlabelled)
+
+    return logits_at
 
 
 def adjust(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:

@@ -1,6 +1,5 @@
 """Stage two: its objective, its evaluation, its training run."""
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from prior.codes import Codes, extract, extract_cached
 from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig, load_prior
 from prior.sampling import sample
+from prior.unigram import baselines
 from vqvae.common import checkpoint
 from vqvae.common.config import require_range
 from vqvae.common.data import NUM_CLASSES, load_test, load_train_and_validation
@@ -62,14 +62,14 @@ def evaluate(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
     return {**figures, "bits_per_image": nats_to_bits(figures["nats_per_code"]) * num_positions}
 
 
-def baselines(train: Codes, split: Codes, num_codes: int) -> dict[str, float]:
-    """Nats per code of a split under the uniform code, and under each position's own frequencies in
-    the training maps (one count added to each code)."""
-    flat = train.indices.flatten(1)
-    counts = torch.stack([torch.bincount(column, minlength=num_codes) for column in flat.T]) + 1.0  # (H*W, K)
-    log_p = (counts / counts.sum(dim=1, keepdim=True)).log()
-    unigram = -log_p.gather(1, split.indices.flatten(1).T).mean().item()
-    return {"uniform": math.log(num_codes), "unigram": unigram}
+def nats_by_position(prior: GatedPixelCNN, codes: Codes) -> Tensor:
+    """Mean negative log-likelihood of each position (H, W) over a split with its labels."""
+    total = torch.zeros(prior.map_shape, dtype=torch.float64, device=prior.device)
+    with evaluating(prior):
+        for rows in in_batches(len(codes.labels), EVALUATION_BATCH):
+            logits = prior(codes.indices[rows], codes.labels[rows])
+            total += F.cross_entropy(logits, codes.indices[rows], reduction="none").sum(dim=0)
+    return total / len(codes.labels)
 
 
 def train_prior(

@@ -7,7 +7,7 @@ ReLU, 1x1), and the mirror image of it; no normalisation, so no item of a batch 
 residual work is done at a quarter of the image's side, where a convolution costs a sixteenth. The decoder
 rises by sub-pixel convolutions, which contain the paper's transposed ones (a 4x4 transposed convolution
 of stride 2 is a 3x3 convolution to four times the channels with some weights zero) and run faster on a CPU.
-Two more departures: residual blocks start as the identity, and each place may add a learned vector to its z_e.
+One more departure: residual blocks start as the identity.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,6 @@ class VQVAEConfig:
     width: int = 40  # channels of the residual blocks
     num_encoder_blocks: int = 2
     num_decoder_blocks: int = 2
-    position_scale: float = 0.0  # spread at the start of the learned vector that each place adds to its z_e; 0: none
     codebook_learning: CodebookLearning = "gradient"
     ema_decay: float = 0.99  # of an EMA codebook
     image_size: int = 28
@@ -45,7 +44,6 @@ class VQVAEConfig:
         require_range("width", self.width, 4, 2048)
         require_range("num_encoder_blocks", self.num_encoder_blocks, 0, 64)
         require_range("num_decoder_blocks", self.num_decoder_blocks, 0, 64)
-        require_range("position_scale", self.position_scale, 0, 100)
         require_range("ema_decay", self.ema_decay, 0, 0.99999)
         require_range("image_size", self.image_size, DOWNSAMPLING, 1024)
 
@@ -54,6 +52,8 @@ class Forward(NamedTuple):
     """One pass through the whole model."""
 
     x_hat: Tensor  # (B, 1, S, S)
+    z_e: Tensor  # (B, D, S/4, S/4)
+    z_q: Tensor  # (B, D, S/4, S/4)
     indices: Tensor  # (B, S/4, S/4) int64
     codebook_loss: Tensor
     commitment_loss: Tensor
@@ -119,9 +119,6 @@ class VQVAE(nn.Module):
         side = config.image_size // DOWNSAMPLING
         self.map_shape = (side, side)
         self.encoder = Encoder(config)
-        # Lets codes specialise by place: blank paper in a corner and blank paper inside a loop differ.
-        start = config.position_scale * torch.randn(1, config.hidden_size, side, side)
-        self.position = nn.Parameter(start) if config.position_scale > 0 else None
         self.quantizer = VectorQuantizer(config.k, config.hidden_size, config.codebook_learning, config.ema_decay)
         self.decoder = Decoder(config)
 
@@ -131,8 +128,9 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: images of another shape.
         """
-        quantized = self.quantizer(self.latents(x))
-        return Forward(self.decoder(quantized.z_q), *quantized[1:])
+        z_e = self.latents(x)
+        quantized = self.quantizer(z_e)
+        return Forward(self.decoder(quantized.z_q), z_e, *quantized)
 
     @property
     def device(self) -> torch.device:
@@ -143,8 +141,7 @@ class VQVAE(nn.Module):
         size = self.config.image_size
         if x.shape[1:] != (1, size, size):
             raise ValueError(f"expected images of shape (B, 1, {size}, {size}), found {tuple(x.shape)}")
-        z_e = self.encoder(x)
-        return z_e if self.position is None else z_e + self.position
+        return self.encoder(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices (B, S/4, S/4) int64 of images (B, 1, S, S) in -1..1."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 CodebookLearning = Literal["gradient", "ema"]
 
 KMEANS_STEPS = 10
-RESTART_BELOW = 0.2  # a code is dead when its average count falls under this share of an even split
+RESTART_BELOW = 0.15  # a code is dead when its average count falls under this share of an even split
 JITTER = 1e-3  # of the encoder outputs' spread: keeps codes drawn from equal vectors apart
 
 

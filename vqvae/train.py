@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqvae.common import checkpoint
 from vqvae.common.config import require_range
@@ -15,6 +15,7 @@ from vqvae.common.grids import grid
 from vqvae.common.logs import RunLog
 from vqvae.common.metrics import codes_used, count_codes, perplexity
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
+from vqvae.predictor import CausalPredictor
 
 EVALUATION_BATCH = 500
 NUM_SHOWN = 100
@@ -26,22 +27,27 @@ class VQVAETraining(Training):
 
     beta: float = 1.0  # weight of the commitment term
     free_overshoot: bool = False  # leave out of the reconstruction term what clipping to 0..1 undoes
+    predictability: float = 0.0  # weight of the prediction term (vqvae/predictor.py); 0 leaves it out
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range("beta", self.beta, 0.1, 2.0)
+        require_range("predictability", self.predictability, 0, 10)
 
 
-def objective(model: VQVAE, images: Tensor, training: VQVAETraining) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The three terms of eq. 3 and their sum, each a mean over elements and the batch.
+def objective(
+    model: VQVAE, images: Tensor, training: VQVAETraining, predictor: CausalPredictor | None = None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The three terms of eq. 3, each a mean over elements and the batch, the prediction term, and their sum.
 
     Args:
         images: (B, 1, S, S) uint8.
+        predictor: None leaves its term out.
     Returns:
         the terms as scalars, the reconstructions (B, 1, S, S) in 0..1, the indices (B, H, W).
     """
     x = to_model_range(images)
-    x_hat, indices, codebook_loss, commitment_loss = model(x)
+    x_hat, z_e, z_q, indices, codebook_loss, commitment_loss = model(x)
     target = x
     if training.free_overshoot:
         # A pixel of pure ink or paper that the model makes purer still is drawn right: no error.
@@ -51,6 +57,8 @@ def objective(model: VQVAE, images: Tensor, training: VQVAETraining) -> tuple[di
         "codebook": codebook_loss,
         "commitment": training.beta * commitment_loss,
     }
+    if predictor is not None:
+        terms["prediction"] = training.predictability * predictor.unexplained(z_e, z_q)
     return (
         {"total": sum(terms.values(), torch.zeros((), device=x.device)), **terms},
         to_unit_range(x_hat),
@@ -58,7 +66,9 @@ def objective(model: VQVAE, images: Tensor, training: VQVAETraining) -> tuple[di
     )
 
 
-def evaluate(model: VQVAE, split: Split, training: VQVAETraining) -> dict[str, float]:
+def evaluate(
+    model: VQVAE, split: Split, training: VQVAETraining, predictor: CausalPredictor | None = None
+) -> dict[str, float]:
     """Figures of a whole split: the terms; `squared_error` and `psnr_db` (mean over images) of pixels
     in 0..1; `perplexity` and `codes_used` from counts over the split."""
     means = Means()
@@ -66,7 +76,7 @@ def evaluate(model: VQVAE, split: Split, training: VQVAETraining) -> dict[str, f
     with evaluating(model):
         for rows in in_batches(len(split.labels), EVALUATION_BATCH):
             images = split.images[rows]
-            terms, x_hat, indices = objective(model, images, training)
+            terms, x_hat, indices = objective(model, images, training, predictor)
             error = (x_hat - to_unit_range(to_model_range(images))).square().flatten(1).mean(1)
             psnr = -10 * error.clamp(min=1e-10).log10()
             means.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
@@ -114,6 +124,9 @@ def train_vqvae(
     train, validation = train.to(device), validation.to(device)
     torch.manual_seed(seed)
     model = VQVAE(config).to(device).to(memory_format=torch.channels_last)
+    predictable = training.predictability > 0
+    predictor = CausalPredictor(config.hidden_size, model.map_shape).to(device) if predictable else None
+    trained = nn.ModuleList(network for network in (model, predictor) if network is not None)
     path = output_folder / "vqvae.safetensors"
     settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(train)}
     shown = validation.images[:NUM_SHOWN]
@@ -136,10 +149,10 @@ def train_vqvae(
         log.picture("reconstruction", grid(reconstruct(model, shown)[1]), step)
 
     fit(
-        model,
+        trained,
         (train.images,),
-        lambda images: objective(model, images, training)[0],
-        lambda: evaluate(model, validation, training),
+        lambda images: objective(model, images, training, predictor)[0],
+        lambda: evaluate(model, validation, training, predictor),
         save_best,
         best_by="squared_error",
         training=training,

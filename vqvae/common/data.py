@@ -63,6 +63,11 @@ def to_unit_range(x: Tensor) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1)
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """0..1 to uint8 0..255, to the nearest, as a PNG keeps it."""
+    return (images * 255).round().to(torch.uint8)
+
+
 def load_train_and_validation(folder: Path, download: bool = True) -> tuple[Split, Split]:
     """The 55,000 training and 5,000 validation images, split by a fixed seed.
 

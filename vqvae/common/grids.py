@@ -3,12 +3,12 @@
 import io
 from pathlib import Path
 
-import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from vqvae.common.data import to_bytes
 from vqvae.common.files import write_atomically
 
 PADDING = 2  # pixels between images
@@ -20,9 +20,14 @@ def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
     return make_grid(images.cpu(), nrow=columns, padding=PADDING, pad_value=0.5)
 
 
-def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
+def grid_png(images: Tensor) -> bytes:
+    """(N, 1, S, S) images in 0..1 as a grid, in PNG."""
+    return _to_png(_to_image(grid(images)))
+
+
+def save_grid(images: Tensor, path: Path) -> None:
     """Write (N, 1, S, S) images in 0..1 as a PNG grid."""
-    _save(_to_image(grid(images, columns)), path)
+    write_atomically(path, grid_png(images))
 
 
 def save_sheet(sections: list[tuple[str, Tensor]], path: Path, scale: int = 2) -> None:
@@ -46,15 +51,15 @@ def save_sheet(sections: list[tuple[str, Tensor]], path: Path, scale: int = 2) -
         draw.text((margin, top + 7), title, fill="black", font=font)
         sheet.paste(picture, (margin, top + title_height))
         top += title_height + picture.height
-    _save(sheet, path)
+    write_atomically(path, _to_png(sheet))
 
 
 def _to_image(picture: Tensor) -> Image.Image:
     """A (3, H, W) picture in 0..1 as 8-bit RGB, each value rounded to the nearest."""
-    return Image.fromarray(rearrange((picture * 255).round().to(torch.uint8), "c h w -> h w c").numpy())
+    return Image.fromarray(rearrange(to_bytes(picture), "c h w -> h w c").numpy())
 
 
-def _save(image: Image.Image, path: Path) -> None:
+def _to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()

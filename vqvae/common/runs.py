@@ -46,6 +46,11 @@ def find_vqvae(given: Path | None) -> Path:
     return given or _newest_first("vqvae")[0]
 
 
+def find_classifier(given: Path | None) -> Path:
+    """The classifier that was named, or else the user's newest, or else the shipped one."""
+    return given or _newest_first("classifier")[0]
+
+
 def find_pair(vqvae: Path | None, prior: Path | None) -> tuple[Path, Path]:
     """The newest prior and the VQ-VAE that it was trained on, the user's before the shipped ones; what was named
     is not looked for.
