@@ -3,16 +3,18 @@
 torch is imported by the commands that need it, so that --help answers at once.
 """
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vqvae.common.errors import UserError
+from vqvae.common.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +77,7 @@ def train_vqvae(
     """Stage one: train the VQ-VAE."""
     from vqvae.common.config import read_recipe, resolve
     from vqvae.common.engine import pick_device
-    from vqvae.common.runs import prepare_run, weights_file
+    from vqvae.common.runs import claimed, weights_file
     from vqvae.model import VQVAEConfig
     from vqvae.train import VQVAETraining
     from vqvae.train import train_vqvae as train
@@ -91,17 +93,17 @@ def train_vqvae(
     model_config, training = resolve((VQVAEConfig, VQVAETraining), read_recipe(config, "vqvae"), flags)
     folder = output_folder or Path("checkpoints") / config.stem
     chosen_device = pick_device(device)
-    prepare_run(folder, "vqvae", resume, overwrite)
-    figures = train(
-        model_config,
-        training,
-        seed=seed,
-        data_folder=data_folder,
-        output_folder=folder,
-        device=chosen_device,
-        resume=resume,
-        download=not no_download,
-    )
+    with claimed(folder, "vqvae", resume, overwrite):
+        figures = train(
+            model_config,
+            training,
+            seed=seed,
+            data_folder=data_folder,
+            output_folder=folder,
+            device=chosen_device,
+            resume=resume,
+            download=not no_download,
+        )
     print(
         f"test: squared error {figures['squared_error']:.5f}, PSNR {figures['psnr_db']:.2f} dB, "
         f"{figures['codes_used']:.0f} of {model_config.k} codes used, perplexity {figures['perplexity']:.0f}"
@@ -137,7 +139,7 @@ def train_prior(
     from prior.train import train_prior as train
     from vqvae.common.config import read_recipe, resolve
     from vqvae.common.engine import pick_device
-    from vqvae.common.runs import SHIPPED, describe, find_vqvae, prepare_run, weights_file
+    from vqvae.common.runs import SHIPPED, claimed, describe, find_vqvae, weights_file
 
     flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
     model_config, training = resolve((PriorConfig, PriorTraining), read_recipe(config, "prior"), flags)
@@ -146,18 +148,18 @@ def train_prior(
     shipped = vqvae_file.resolve().parent == SHIPPED.resolve()
     folder = output_folder or (Path("checkpoints") / config.stem if shipped else vqvae_file.parent)
     print(f"VQ-VAE: {describe(vqvae_file)}")
-    prepare_run(folder, "prior", resume, overwrite)
-    figures = train(
-        model_config,
-        training,
-        vqvae_path=vqvae_file,
-        seed=seed,
-        data_folder=data_folder,
-        output_folder=folder,
-        device=chosen_device,
-        resume=resume,
-        download=not no_download,
-    )
+    with claimed(folder, "prior", resume, overwrite):
+        figures = train(
+            model_config,
+            training,
+            vqvae_path=vqvae_file,
+            seed=seed,
+            data_folder=data_folder,
+            output_folder=folder,
+            device=chosen_device,
+            resume=resume,
+            download=not no_download,
+        )
     print(
         f"test: {figures['nats_per_code']:.3f} nats per code ({figures['bits_per_image']:.1f} bits an image), "
         f"{figures['nats_per_code'] / figures['unigram']:.3f} of the per-position unigram's {figures['unigram']:.3f}; "
@@ -189,22 +191,22 @@ def train_classifier(
     from vqvae.common.classifier import train_classifier as train
     from vqvae.common.config import resolve
     from vqvae.common.engine import pick_device
-    from vqvae.common.runs import prepare_run, weights_file
+    from vqvae.common.runs import claimed, weights_file
 
     flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
     model_config, training = resolve((ClassifierConfig, ClassifierTraining), {}, flags)
     chosen_device = pick_device(device)
-    prepare_run(output_folder, "classifier", resume, overwrite)
-    figures = train(
-        model_config,
-        training,
-        seed=seed,
-        data_folder=data_folder,
-        output_folder=output_folder,
-        device=chosen_device,
-        resume=resume,
-        download=not no_download,
-    )
+    with claimed(output_folder, "classifier", resume, overwrite):
+        figures = train(
+            model_config,
+            training,
+            seed=seed,
+            data_folder=data_folder,
+            output_folder=output_folder,
+            device=chosen_device,
+            resume=resume,
+            download=not no_download,
+        )
     print(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
     written = weights_file(output_folder, "classifier")
     _print_written(written, ["evaluate", "--classifier", written])
@@ -519,12 +521,31 @@ def _parse_labels(text: str) -> list[int]:
 
 
 def main() -> None:
-    """Run the app; a user's mistake ends in one sentence and status 1."""
+    """Run the app; a user's mistake ends in one sentence and status 1, a signal in the status that is usual for it."""
     try:
-        app()
+        with _joined():
+            app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except Interrupted as interrupted:
+        arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
+        again = f"go on with: python cli.py {shlex.join([*arguments, '--resume'])}"
+        print(
+            f"stopped by a signal after step {interrupted.step}; "
+            + (f"all of it is saved; {again}" if arguments[0].startswith("train-") else "nothing was written"),
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + interrupted.signal) from None
+
+
+def _joined() -> AbstractContextManager[None]:
+    """The world of torchrun's processes, where it started this one; of those but the main one nothing is printed."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return nullcontext()
+    from vqvae.common.distributed import joined
+
+    return joined()
 
 
 if __name__ == "__main__":

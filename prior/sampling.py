@@ -12,6 +12,7 @@ from torch import Tensor
 from prior.incremental import IncrementalLogits
 from prior.model import NO_LABEL, GatedPixelCNN
 from vqvae.common.data import NUM_CLASSES
+from vqvae.common.distributed import rank, summed, world_size
 from vqvae.common.engine import evaluating, in_batches
 from vqvae.common.errors import UserError
 
@@ -42,7 +43,7 @@ def sample(
     batch_size: int = SAMPLING_BATCH,
     progress: Callable[[int], object] = lambda num_done: None,
 ) -> Tensor:
-    """Draw code maps (num_samples, H, W) int64.
+    """Draw code maps (num_samples, H, W) int64, each of several processes its share of the batches.
 
     Args:
         generator: on the CPU; gives num_samples * H * W uniform numbers, sample by sample.
@@ -90,13 +91,15 @@ def sample(
             f"shape {tuple(given.shape)}"
         )
     device = prior.device
-    maps = []
+    maps = torch.zeros(shape, dtype=torch.int64, device=device)
     with evaluating(prior):
-        for rows in in_batches(num_samples, batch_size):
+        for number, rows in enumerate(in_batches(num_samples, batch_size)):
             num = rows.stop - rows.start
             uniforms = torch.rand(num, *prior.map_shape, generator=generator, dtype=torch.float64)
+            if number % world_size() != rank():
+                continue  # another process's
             batch_labels = labels[rows].to(device)
-            indices = torch.zeros(num, *prior.map_shape, dtype=torch.int64, device=device)
+            indices = maps[rows]
             logits_at = guided(prior, batch_labels, guidance, logits_from)
             for i in range(prior.map_shape[0]):
                 for j in range(prior.map_shape[1]):
@@ -104,9 +107,8 @@ def sample(
                     drawn = draw(probabilities, uniforms[:, i, j].to(device))
                     kept = drawn if given is None else given[rows, i, j].to(device)
                     indices[:, i, j] = torch.where(kept >= 0, kept, drawn)
-            maps.append(indices.cpu())
             progress(num)
-    return torch.cat(maps)
+    return summed(maps).cpu()  # zero where another process drew
 
 
 def guided(

@@ -15,6 +15,7 @@ from prior.unigram import baselines
 from vqvae.common import checkpoint
 from vqvae.common.config import require_range
 from vqvae.common.data import NUM_CLASSES, load_test, load_train_and_validation
+from vqvae.common.distributed import main_first, share
 from vqvae.common.engine import Means, Training, derive_seed, evaluating, fit, in_batches
 from vqvae.common.grids import grid
 from vqvae.common.logs import RunLog
@@ -52,7 +53,7 @@ def evaluate(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
     """Likelihood of a whole split with its labels and (`_unlabelled`) without."""
     means = Means()
     with evaluating(prior):
-        for rows in in_batches(len(codes.labels), EVALUATION_BATCH):
+        for rows in share(in_batches(len(codes.labels), EVALUATION_BATCH)):
             indices, labels = codes.indices[rows], codes.labels[rows]
             with_label = objective(prior, indices, labels)["nats_per_code"]
             without = objective(prior, indices, None)["nats_per_code"]
@@ -92,10 +93,12 @@ def train_prior(
     """
     vqvae, vqvae_header = load_vqvae(vqvae_path, device)
     folder = output_folder / "prior"
-    train_split, validation_split = load_train_and_validation(data_folder, download)
-    train = extract_cached(vqvae, vqvae_header.fingerprint, train_split, "train", folder)
-    validation = extract_cached(vqvae, vqvae_header.fingerprint, validation_split, "validation", folder)
-    del train_split, validation_split
+    with main_first():
+        splits = dict(zip(("train", "validation"), load_train_and_validation(data_folder, download), strict=True))
+        train, validation = (
+            extract_cached(vqvae, vqvae_header.fingerprint, split, name, folder) for name, split in splits.items()
+        )
+    del splits
     reference = baselines(train, validation, vqvae.config.k)
     torch.manual_seed(seed)
     prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(device).to(memory_format=torch.channels_last)
@@ -126,7 +129,7 @@ def train_prior(
     fit(
         prior,
         (train.indices, train.labels),
-        lambda indices, labels: objective(prior, indices, drop_labels(labels, training.label_dropout)),
+        lambda indices, labels: objective(prior, indices, labels),
         lambda: {**evaluate(prior, validation), **reference},
         save_best,
         best_by="nats_per_code",
@@ -136,6 +139,7 @@ def train_prior(
         unit="maps",
         settings=settings,
         after_epoch=show,
+        prepare=lambda indices, labels: (indices, drop_labels(labels, training.label_dropout)),
         resume=resume,
     )
     best, _ = load_prior(path, vqvae, vqvae_header, device)

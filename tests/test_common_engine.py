@@ -46,7 +46,7 @@ class Toy:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         x = torch.randn(NUM, 3)
-        epochs = iter(self.figures[load_resume_state(self.folder / "resume.pt")["epoch"] if resume else 0 :])
+        epochs = iter(self.figures[load_resume_state(self.folder / "resume.pt")["step"] // STEPS if resume else 0 :])
         self.batches.clear()
 
         def loss(rows: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     torch.manual_seed(999)  # the dropout that follows must not hang on what happened in between
     parts.fit(4, resume=True)
     states = [load_resume_state(toy.folder / "resume.pt") for toy in (straight, parts)]
-    assert states[0]["epoch"] == 4
+    assert states[0]["step"] == 4 * STEPS
     assert same(states[0], states[1])
     logs = [
         [{k: v for k, v in row.items() if k != "things_per_s"} for row in rows(t.folder)] for t in (straight, parts)

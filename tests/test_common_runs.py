@@ -7,7 +7,7 @@ from torch import nn
 
 from vqvae.common import checkpoint, runs
 from vqvae.common.errors import UserError
-from vqvae.common.runs import describe, find_pair, find_vqvae, prepare_run, weights_file
+from vqvae.common.runs import claimed, describe, find_pair, find_vqvae, weights_file
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def fingerprint(path: Path) -> str:
 
 
 def test_a_runs_folder_is_made(workplace: Path) -> None:
-    prepare_run(Path("checkpoints/mine"), "vqvae", resume=False, overwrite=False)
+    with claimed(Path("checkpoints/mine"), "vqvae", resume=False, overwrite=False):
+        pass
     assert (workplace / "checkpoints" / "mine" / "vqvae").is_dir()
 
 
@@ -44,17 +45,22 @@ def test_a_run_that_is_there_is_only_replaced_or_resumed_on_request(workplace: P
     with pytest.raises(
         UserError, match=r"expected no vqvae run in checkpoints/mine, found one; .*--resume.*--overwrite"
     ):
-        prepare_run(folder, "vqvae", resume=False, overwrite=False)
+        with claimed(folder, "vqvae", resume=False, overwrite=False):
+            pass
     if left == "vqvae/resume.pt":
-        prepare_run(folder, "vqvae", resume=True, overwrite=False)
+        with claimed(folder, "vqvae", resume=True, overwrite=False):
+            pass
         assert (folder / left).exists()
     else:
         with pytest.raises(UserError, match=r"expected a run to resume at .*, found none; start one without --resume"):
-            prepare_run(folder, "vqvae", resume=True, overwrite=False)
-    prepare_run(folder, "vqvae", resume=False, overwrite=True)
+            with claimed(folder, "vqvae", resume=True, overwrite=False):
+                pass
+    with claimed(folder, "vqvae", resume=False, overwrite=True):
+        pass
     # Weights stay until there are better ones; resume state goes, or --resume could take up the old run.
     assert (folder / left).exists() == (left == "vqvae.safetensors")
-    prepare_run(folder, "prior", resume=False, overwrite=False)  # the other stage may be trained beside it
+    with claimed(folder, "prior", resume=False, overwrite=False):  # the other stage may be trained beside it
+        pass
 
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite", None])
@@ -62,13 +68,15 @@ def test_the_shipped_weights_are_never_written_over(workplace: Path, flag: str |
     flags = {"resume": flag == "resume", "overwrite": flag == "overwrite"}
     for folder in (Path("checkpoints/pretrained"), Path("checkpoints/x/../pretrained"), runs.SHIPPED):
         with pytest.raises(UserError, match=r"expected an --output-folder of your own, found .*pretrained"):
-            prepare_run(folder, "vqvae", **flags)
+            with claimed(folder, "vqvae", **flags):
+                pass
 
 
 def test_an_output_folder_that_cannot_be_made_is_told_in_a_sentence(workplace: Path) -> None:
     Path("file").write_text("no folder")
     with pytest.raises(UserError, match=r"expected to write to file/run: .*; name another --output-folder"):
-        prepare_run(Path("file/run"), "vqvae", resume=False, overwrite=False)
+        with claimed(Path("file/run"), "vqvae", resume=False, overwrite=False):
+            pass
 
 
 def test_a_named_vqvae_goes_before_the_newest_and_the_newest_before_the_shipped(workplace: Path) -> None:

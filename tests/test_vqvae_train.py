@@ -15,7 +15,7 @@ from vqvae import train as stage
 from vqvae.common import checkpoint, engine
 from vqvae.common.data import Split, load_test, load_train_and_validation
 from vqvae.common.errors import UserError
-from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
+from vqvae.model import VQVAE, Forward, VQVAEConfig, load_vqvae
 from vqvae.train import VQVAETraining, decode, evaluate, objective, reconstruct, train_vqvae
 
 CPU = torch.device("cpu")
@@ -181,9 +181,9 @@ class Painter(nn.Module):
         super().__init__()
         self.picture = nn.Parameter(picture)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        zero = torch.zeros(())
-        return self.picture, torch.zeros(1, 7, 7, dtype=torch.int64), zero, zero
+    def forward(self, x: Tensor) -> Forward:
+        zero, latents = torch.zeros(()), torch.zeros(1, 4, 7, 7)
+        return Forward(self.picture, latents, latents, torch.zeros(1, 7, 7, dtype=torch.int64), zero, zero)
 
 
 def test_free_overshoot_forgives_what_clipping_undoes_and_nothing_else() -> None:
@@ -289,15 +289,15 @@ def test_figures_are_those_of_the_best_epoch_when_a_later_one_is_worse(
 ) -> None:
     whole, by_epoch = evaluate, iter([0.3, 0.1, 0.2])
 
-    def scripted(model: VQVAE, split: Split, training: VQVAETraining) -> dict[str, float]:
-        figures = whole(model, split, training)
+    def scripted(model: VQVAE, split: Split, *others: Any) -> dict[str, float]:
+        figures = whole(model, split, *others)
         return {**figures, "squared_error": next(by_epoch)} if len(split.labels) == 40 else figures
 
     monkeypatch.setattr(stage, "evaluate", scripted)
     figures = run(tmp_path, 3)
     best, header = load_vqvae(tmp_path / "vqvae.safetensors", CPU)
     last = tiny()
-    last.load_state_dict(checkpoint.load_resume_state(tmp_path / "vqvae" / "resume.pt")["model"])
+    nn.ModuleList([last]).load_state_dict(checkpoint.load_resume_state(tmp_path / "vqvae" / "resume.pt")["model"])
     test = load_test(FIXTURE, download=False)
     assert header.metrics["squared_error"] == 0.1
     assert figures == pytest.approx(whole(best, test, VQVAETraining()))
@@ -318,7 +318,7 @@ def test_the_test_split_is_read_once_and_only_when_training_is_over(
     with pytest.raises(LastSplitRead):
         run(tmp_path, 2)
     # Everything that training leaves behind was there by then, without a look at a test digit.
-    assert checkpoint.load_resume_state(tmp_path / "vqvae" / "resume.pt")["epoch"] == 2
+    assert checkpoint.load_resume_state(tmp_path / "vqvae" / "resume.pt")["step"] == 2 * STEPS
     assert (tmp_path / "vqvae.safetensors").exists()
     assert [row["epoch"] for row in rows(tmp_path) if "epoch" in row] == [1, 2]
 
@@ -359,13 +359,13 @@ def cut_power(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     steps = 0
     whole = stage.objective
 
-    def breaking(model: VQVAE, images: Tensor, training: VQVAETraining) -> Any:
+    def breaking(model: VQVAE, *others: Any) -> Any:
         nonlocal steps
         if model.training:
             if steps == at_step:
                 raise PowerCut
             steps += 1
-        return whole(model, images, training)
+        return whole(model, *others)
 
     monkeypatch.setattr(stage, "objective", breaking)
 
@@ -434,6 +434,7 @@ def test_a_run_that_diverges_does_not_pass_older_weights_off_as_its_own(
         ({"batch_size": 32}, "batch_size = 64, found batch_size = 32"),
         ({"learning": "gradient"}, "codebook_learning = 'ema', found codebook_learning = 'gradient'"),
         ({"beta": 0.5}, "beta = 1.0, found beta = 0.5"),
+        ({"predictability": 0.1}, "predictability = 0.0, found predictability = 0.1"),
     ],
 )
 def test_a_run_is_not_resumed_under_other_settings(

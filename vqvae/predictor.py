@@ -4,9 +4,13 @@ It predicts each place's vector from the codes before it in raster order, as the
 trained to be predictable. Only training needs it; checkpoints are without it.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vqvae.common.distributed import averaged
 
 CHANNELS = 64
 
@@ -35,6 +39,9 @@ class CausalPredictor(nn.Module):
 
     def unexplained(self, z_e: Tensor, z_q: Tensor) -> Tensor:
         """Scalar, 1 - R^2: the squared error of the guess as a share of each place's variance over the batch. A share,
-        since an error alone would fall if the encoder merely shrank its output."""
-        variance = (z_e - z_e.mean(dim=0)).square().mean()
-        return F.mse_loss(self(z_q), z_e) / variance.clamp(min=1e-3)  # nothing varies in a batch of one
+        since an error alone would fall if the encoder merely shrank its output. In training the batch is that of all
+        processes; evaluation, where they may have different numbers of batches, keeps to its own."""
+        over_all = partial(averaged, num=len(z_e)) if self.training else Tensor.clone
+        variance = over_all((z_e - over_all(z_e.detach().mean(dim=0))).square().mean())
+        error = over_all(F.mse_loss(self(z_q), z_e))
+        return error / variance.clamp(min=1e-3)  # nothing varies in a batch of one

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqvae.common.distributed import averaged, from_main, gathered, rank, summed
+
 CodebookLearning = Literal["gradient", "ema"]
 
 KMEANS_STEPS = 10
@@ -30,7 +32,8 @@ class VectorQuantizer(nn.Module):
     eq. 3, from a start uniform in -1/K..1/K.
     `learning="ema"`: the codebook is a buffer that follows an exponential moving average of the vectors
     that chose each code (the paper's appendix A.1). It starts from k-means on the first training batch,
-    and codes that fall out of use restart from vectors of the current batch (arXiv:2005.00341).
+    and codes that fall out of use restart from vectors of the current batch (arXiv:2005.00341). Processes
+    that train together have one codebook: their counts, sums and restarts are the whole batch's.
 
     Args:
         num_codes: K, at least 1.
@@ -107,26 +110,26 @@ class VectorQuantizer(nn.Module):
         codes = _draw(vectors, self.num_codes)
         for _ in range(KMEANS_STEPS):
             chosen = _distances(vectors, codes).argmin(dim=1)
-            counts, sums = _count_and_sum(vectors, chosen, self.num_codes)
+            counts, sums = (summed(part) for part in _count_and_sum(vectors, chosen, self.num_codes))
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
         self.codebook.copy_(codes)
-        self.counts.fill_(len(vectors) / self.num_codes)
+        self.counts.copy_(counts.mean())
         self.sums.copy_(self.codebook * self.counts[:, None])
         self.initialised.fill_(True)
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, chosen: Tensor) -> None:
         """One step of the moving averages, then restarts."""
-        counts, sums = _count_and_sum(vectors, chosen, self.num_codes)
+        counts, sums = (summed(part) for part in _count_and_sum(vectors, chosen, self.num_codes))
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         # Codes that nothing chose keep their vector exactly, instead of a quotient of two fading numbers.
         moved = self.sums / self.counts.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
-        even_share = len(vectors) / self.num_codes
+        even_share = counts.mean()
         dead = (self.counts < RESTART_BELOW * even_share).nonzero().squeeze(1)
         if len(dead) > 0:
-            dead = dead[: len(vectors)]
+            dead = dead[: int(counts.sum())]
             self.codebook[dead] = _draw(vectors, len(dead))
             self.counts[dead] = even_share
             self.sums[dead] = self.codebook[dead] * even_share
@@ -145,8 +148,14 @@ def _count_and_sum(vectors: Tensor, chosen: Tensor, num_codes: int) -> tuple[Ten
 
 
 def _draw(vectors: Tensor, num: int) -> Tensor:
-    """`num` rows drawn from the vectors, in turn again where there are too few, no two of them equal."""
-    order = torch.randperm(len(vectors), device=vectors.device)
-    rows = vectors[order.repeat(-(-num // len(vectors)))[:num]]
-    spread = vectors.std(correction=0).clamp(min=1e-2)
-    return rows + torch.randn_like(rows) * spread * JITTER
+    """`num` rows drawn from all processes' vectors, in turn again where there are too few, no two of them equal; the
+    main process draws for all."""
+    sizes = gathered(len(vectors))
+    first = sum(sizes[: rank()])
+    order = torch.randperm(sum(sizes), device=vectors.device)
+    drawn = from_main(order.repeat(-(-num // len(order)))[:num]) - first
+    mine = (drawn >= 0) & (drawn < len(vectors))
+    rows = summed(torch.where(mine[:, None], vectors[drawn.clamp(0, len(vectors) - 1)], 0))
+    mean = averaged(vectors.mean(), len(vectors))
+    spread = averaged((vectors - mean).square().mean(), len(vectors)).sqrt().clamp(min=1e-2)
+    return rows + from_main(torch.randn_like(rows)) * spread * JITTER

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vqvae.common import checkpoint
 from vqvae.common.config import require_range
 from vqvae.common.data import Split, digest, load_test, load_train_and_validation, to_model_range, to_unit_range
+from vqvae.common.distributed import main_first, share, summed
 from vqvae.common.engine import Means, Training, evaluating, fit, in_batches
 from vqvae.common.grids import grid
 from vqvae.common.logs import RunLog
@@ -73,14 +74,15 @@ def evaluate(
     in 0..1; `perplexity` and `codes_used` from counts over the split."""
     means = Means()
     counts = torch.zeros(model.config.k, dtype=torch.int64, device=split.images.device)
-    with evaluating(model):
-        for rows in in_batches(len(split.labels), EVALUATION_BATCH):
+    with evaluating(*(network for network in (model, predictor) if network is not None)):
+        for rows in share(in_batches(len(split.labels), EVALUATION_BATCH)):
             images = split.images[rows]
             terms, x_hat, indices = objective(model, images, training, predictor)
             error = (x_hat - to_unit_range(to_model_range(images))).square().flatten(1).mean(1)
             psnr = -10 * error.clamp(min=1e-10).log10()
             means.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
             counts += count_codes(indices, model.config.k)
+    counts = summed(counts)
     return {**means.read(), "perplexity": perplexity(counts), "codes_used": codes_used(counts)}
 
 
@@ -120,8 +122,8 @@ def train_vqvae(
     Returns:
         the figures of that best epoch on the test split.
     """
-    train, validation = load_train_and_validation(data_folder, download)
-    train, validation = train.to(device), validation.to(device)
+    with main_first():
+        train, validation = (split.to(device) for split in load_train_and_validation(data_folder, download))
     torch.manual_seed(seed)
     model = VQVAE(config).to(device).to(memory_format=torch.channels_last)
     predictable = training.predictability > 0

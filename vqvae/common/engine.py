@@ -1,17 +1,21 @@
 """The one training loop of both stages; it knows nothing of codes or pixels.
 
-Everything random in a step is a pure function of (seed, epoch, step): the batch order comes from a
-generator of its own, and the global generator (dropout, label dropout, codebook restarts) is seeded
-anew before every step. So resuming needs a step count, weights and optimiser state, nothing else.
+Everything random in a step is a pure function of (seed, epoch, step): the batch order comes from a generator of its
+own, and the global generator (dropout, label dropout, codebook restarts) is seeded anew before every step. So resuming
+needs a step count, weights, optimiser state and the epoch's averages so far, nothing else.
+
+Under torchrun every process holds all the data and takes its share of each batch (vqvae/common/distributed.py).
 """
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, Literal
 
 import torch
@@ -20,10 +24,13 @@ from tqdm import tqdm
 
 from vqvae.common import checkpoint
 from vqvae.common.config import require_range
-from vqvae.common.errors import UserError
+from vqvae.common.distributed import gathered, is_main, rank, share_of_batch, sum_gradients, summed, wait_for_all
+from vqvae.common.errors import Interrupted, UserError
+from vqvae.common.interrupts import listening
 from vqvae.common.logs import RunLog
 
 LOG_EVERY = 50  # steps between readings of the losses; each reading waits for the device
+SAVE_EVERY_S = 60.0  # what a kill may cost
 WARMUP = 0.05  # share of a one-cycle run in which the rate rises
 
 
@@ -51,12 +58,12 @@ def pick_device(name: str) -> torch.device:
         UserError: another name, or CUDA where there is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise UserError(f"expected --device auto, cpu or cuda, found {name!r}; type one of the three")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("expected a CUDA device for --device cuda, found none; type --device cpu, or --device auto")
-    return torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def derive_seed(*keys: int | str) -> int:
@@ -86,19 +93,45 @@ def in_batches(num: int, batch_size: int) -> Iterator[slice]:
 
 
 class Means:
-    """Averages of named scalars weighted by the number of samples, kept on their device until read."""
+    """Averages of named scalars over samples. Values stay on their device until they are read.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.num = 0
+    The sums are exact (math.fsum), so that they are the same however the samples were split among processes.
+    """
+
+    def __init__(self, state: Mapping[str, list[float]] | None = None) -> None:
+        self.state = {name: list(values) for name, values in (state or {}).items()}  # and how many samples, as "num"
+        self.unread: list[dict[str, Tensor]] = []
 
     def add(self, values: Mapping[str, Tensor], num: int) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double() * num
-        self.num += num
+        """Values that are means over `num` samples."""
+        self.unread.append({name: value.detach() for name, value in values.items()})
+        self.state.setdefault("num", []).append(num)
+
+    def catch_up(self) -> list[dict[str, float]]:
+        """Read what was added since the last time, which waits for the device."""
+        if not self.unread:
+            return []
+        columns = {name: torch.stack([row[name] for row in self.unread]).tolist() for name in self.unread[0]}
+        for name, column in columns.items():
+            self.state.setdefault(name, []).extend(column)
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(self.unread))]
+        self.unread.clear()
+        return rows
+
+    def of_all(self) -> dict[str, list[float]]:
+        """The state of all processes' together; each of them must ask."""
+        self.catch_up()
+        states = gathered(self.state)
+        return {name: [value for state in states for value in state.get(name, [])] for name in states[0]}
 
     def read(self) -> dict[str, float]:
-        return {name: total.item() / self.num for name, total in self.sums.items()}
+        """The averages over all processes' samples; each of them must ask."""
+        values = self.of_all()
+        nums = values.pop("num")
+        return {
+            name: math.fsum(value * num for value, num in zip(column, nums, strict=True)) / sum(nums)
+            for name, column in values.items()
+        }
 
 
 def learning_rate(training: Training, progress: float) -> float:
@@ -137,9 +170,10 @@ def fit(
     unit: str,
     settings: Mapping[str, Any],
     after_epoch: Callable[[RunLog, int, int], None],
+    prepare: Callable[..., tuple[Tensor, ...]] = lambda *batch: batch,
     resume: bool = False,
 ) -> None:
-    """Train, validating and saving after every epoch.
+    """Train, validating after every epoch; saving then, once a minute and when a signal asks for the end.
 
     Args:
         model: on its device, where the data is too.
@@ -151,78 +185,134 @@ def fit(
         folder: gets `resume.pt`, TensorBoard's events and `metrics.jsonl`.
         unit: what a sample is, for the speed shown and logged: "images", "maps".
         settings: all that the result depends on besides the number of epochs; a resumed run must have the same.
-        resume: go on from `resume.pt`; the result equals that of a run never stopped.
         after_epoch: called with the log, the number of finished epochs and of finished steps, for pictures.
+        prepare: what happens to a whole batch before it is shared out among processes.
+        resume: go on from `resume.pt`; the result equals that of a run never stopped.
     Raises:
-        UserError: resuming where there is nothing to resume or under other settings, or a folder that
-            can't be written.
+        Interrupted: SIGINT or SIGTERM came; all that was done is saved.
+        UserError: resuming where there is nothing to resume or under other settings, a folder that can't be written,
+            or a loss that is not finite.
     """
     optimizer = make_optimizer(model, training)
     resume_file = folder / "resume.pt"
-    first_epoch, best = 0, math.inf
+    first_step, saved_step, best, means = 0, 0, math.inf, Means()
     if resume:
         state = checkpoint.load_resume_state(resume_file)
-        if not {"model", "optimizer", "epoch", "best", "settings"} <= state.keys():
+        if not {"model", "optimizer", "step", "means", "best", "settings"} <= state.keys():
             raise UserError(f"expected resume state in {resume_file}, found other data; start anew with --overwrite")
         _require_same(state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first_epoch, best = state["epoch"], state["best"]
+        first_step = saved_step = state["step"]
+        best, means = state["best"], Means(state["means"] if is_main() else None)
     num = len(data[0])
-    steps = math.ceil(num / training.batch_size)
+    steps = math.ceil(num / training.batch_size)  # of an epoch
     total_steps = steps * training.num_epochs
-    log = RunLog(folder, first_epoch * steps)
-    bar = tqdm(total=total_steps, initial=first_epoch * steps, unit="step", dynamic_ncols=True)
-    with log, bar:
-        for epoch in range(first_epoch, training.num_epochs):
+    log = RunLog(folder, first_step)
+    bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not is_main())
+
+    def save(step: int) -> None:
+        nonlocal saved_step
+        if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+            raise UserError(
+                f"expected finite weights, found others after step {step}; the last good save, of step {saved_step}, "
+                f"is {resume_file}; start anew with a smaller --lr"
+            )
+        log.flush()  # curves may go further than the weights, which resuming mends, but must not lag behind
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "means": means.of_all(),
+            "best": best,
+            "settings": dict(settings),
+        }
+        checkpoint.save_resume_state(resume_file, state)
+        saved_step = step
+
+    with log, bar, listening() as request:
+        saved_s = time.monotonic()
+        for epoch in range(first_step // steps, training.num_epochs):
             bar.set_description(f"epoch {epoch + 1}/{training.num_epochs}")
             model.train()
             generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
             order = torch.randperm(num, generator=generator).to(data[0].device)
-            means, started_s = Means(), time.perf_counter()
-            for i, rows in enumerate(in_batches(num, training.batch_size), start=epoch * steps):
+            start, end = max(first_step, epoch * steps), (epoch + 1) * steps
+            started_s, last = time.perf_counter(), dict[str, float]()
+            for i in range(start, end):
                 torch.manual_seed(derive_seed(seed, "step", i))
                 rate = learning_rate(training, i / total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                batch = [tensor[order[rows]] for tensor in data]
-                losses = loss_fn(*batch)
+                rows = order[(i - epoch * steps) * training.batch_size :][: training.batch_size]
+                mine = share_of_batch(len(rows))
+                batch = prepare(*(tensor[rows] for tensor in data))
+                if rank() > 0:
+                    torch.manual_seed(derive_seed(seed, "step", i, rank()))  # a dropout of its own
+                losses = loss_fn(*(tensor[mine] for tensor in batch))
                 optimizer.zero_grad()
-                loss = next(iter(losses.values()))
-                loss.backward()
+                next(iter(losses.values())).backward()
+                num_mine = mine.stop - mine.start
+                sum_gradients(model, num_mine / len(rows))
                 optimizer.step()
-                means.add(losses, len(batch[0]))
+                means.add(losses, num_mine)
                 bar.update()
-                if (i + 1) % LOG_EVERY == 0 and i + 1 < (epoch + 1) * steps:
-                    bar.set_postfix_str(f"loss {loss.item():.4f}")
-                    log.scalars({f"{k}/train_step": v.item() for k, v in losses.items()} | {"lr": rate}, i + 1)
-            step = (epoch + 1) * steps
-            per_s = num / (time.perf_counter() - started_s)
+                if (i + 1) % LOG_EVERY == 0 or i + 1 == end:
+                    last = _require_finite(means.catch_up(), i + 1, last, saved_step, resume_file)
+                if (i + 1) % LOG_EVERY == 0 and i + 1 < end:
+                    bar.set_postfix_str(f"loss {next(iter(last.values())):.4f}")
+                    log.scalars({f"{k}/train_step": v for k, v in last.items()} | {"lr": rate}, i + 1)
+                stop, due = _agree(request.signal is not None, time.monotonic() - saved_s > SAVE_EVERY_S)
+                if (stop or due) and i + 1 < end:
+                    last = _require_finite(means.catch_up(), i + 1, last, saved_step, resume_file)
+                    save(i + 1)
+                    saved_s = time.monotonic()
+                    if stop:
+                        raise Interrupted(request.signal or SIGTERM, i + 1)
+            per_s = (end - start) / steps * num / (time.perf_counter() - started_s)
             figures = evaluate()
             if not math.isfinite(figures[best_by]):
                 raise UserError(
-                    f"expected a finite {best_by}, found {figures[best_by]} after epoch {epoch + 1}: the run diverged; "
-                    f"start anew with a smaller --lr"
+                    f"expected a finite {best_by}, found {figures[best_by]} after epoch {epoch + 1}; the last good "
+                    f"save, of step {saved_step}, is {resume_file}; start anew with a smaller --lr"
                 )
             log.scalars(
                 {f"{k}/train": v for k, v in means.read().items()}
                 | {f"{k}/validation": v for k, v in figures.items()}
                 | {"lr": rate, f"{unit}_per_s": per_s, "epoch": epoch + 1},
-                step,
+                end,
             )
             bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-            after_epoch(log, epoch + 1, step)
+            after_epoch(log, epoch + 1, end)
             if figures[best_by] < best:
                 best = figures[best_by]
                 save_best(figures)
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "epoch": epoch + 1,
-                "best": best,
-                "settings": dict(settings),
-            }
-            checkpoint.save_resume_state(resume_file, state)
+            means = Means()
+            save(end)
+            saved_s = time.monotonic()
+            if _agree(request.signal is not None) == [True] and epoch + 1 < training.num_epochs:
+                raise Interrupted(request.signal or SIGTERM, end)
+    wait_for_all()  # the best weights are on disk
+
+
+def _agree(*wishes: bool) -> list[bool]:
+    """What one process was asked to do or finds due, all of them do after the same step."""
+    return summed(torch.tensor(wishes)).bool().tolist()
+
+
+def _require_finite(
+    rows: list[dict[str, float]], step: int, last: dict[str, float], saved_step: int, resume_file: Path
+) -> dict[str, float]:
+    """The last of the steps' losses, those up to `step`, or else an error that names the first that isn't finite."""
+    for i, row in enumerate(rows, start=step - len(rows) + 1):
+        if not all(map(math.isfinite, row.values())):
+            found, before = (", ".join(f"{k} {v:.4g}" for k, v in losses.items()) for losses in (row, last))
+            raise UserError(
+                f"expected finite losses, found {found} at step {i}, after {before or 'none'}; the last good save, of "
+                f"step {saved_step}, is {resume_file}; start anew with a smaller --lr"
+            )
+        last = row
+    return last
 
 
 def _require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

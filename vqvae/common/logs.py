@@ -8,11 +8,12 @@ from typing import Self
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from vqvae.common.distributed import is_main
 from vqvae.common.files import write_atomically
 
 
 class RunLog:
-    """Scalars go to both places, pictures and the graph to TensorBoard alone.
+    """Scalars go to both places, pictures and the graph to TensorBoard alone; of several processes the main one writes.
 
     Args:
         folder: of the run, made if missing.
@@ -20,6 +21,9 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        self.writer: SummaryWriter | None = None
+        if not is_main():
+            return
         self.jsonl = folder / "metrics.jsonl"
         kept = ""
         if first_step > 0 and self.jsonl.exists():
@@ -33,6 +37,8 @@ class RunLog:
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step > 0 else None)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
+        if self.writer is None:
+            return
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         with self.jsonl.open("a") as file:
@@ -40,16 +46,26 @@ class RunLog:
 
     def picture(self, tag: str, picture: Tensor, step: int) -> None:
         """A (3, H, W) or (1, H, W) picture in 0..1, under one tag for all steps, so that the slider works."""
+        if self.writer is None:
+            return
         self.writer.add_image(tag, picture, step)
 
     def graph(self, model: nn.Module, example: tuple[Tensor, ...]) -> None:
         """The network's graph, traced on an example of its inputs."""
+        if self.writer is None:
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer: deprecated, and wary of our checks of shapes
             self.writer.add_graph(model, example)
+
+    def flush(self) -> None:
+        """What was logged so far survives a kill from here on."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()

@@ -1,8 +1,13 @@
 """Where trained weights lie: the user's runs in `checkpoints/<name>/`, the shipped ones beside them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from vqvae.common.checkpoint import read_header
+from vqvae.common.distributed import is_main
 from vqvae.common.errors import UserError
 
 RUNS = Path("checkpoints")
@@ -14,13 +19,18 @@ def weights_file(folder: Path, stage: str) -> Path:
     return folder / f"{stage}.safetensors"
 
 
-def prepare_run(folder: Path, stage: str, resume: bool, overwrite: bool) -> None:
-    """Make a run's folder, or refuse to.
+@contextmanager
+def claimed(folder: Path, stage: str, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Inside, a run's folder is there and nobody else's: the lock goes with the process, however that ends. Of several
+    processes that train together the main one claims it for all.
 
     Raises:
-        UserError: a run of this stage is there already and neither to be resumed nor overwritten, the
-            folder is the shipped weights', or it can't be written.
+        UserError: a run of this stage is there already and neither to be resumed nor overwritten, or is being
+            trained at this moment; the folder is the shipped weights', or it can't be written.
     """
+    if not is_main():
+        yield
+        return
     if folder.resolve() == SHIPPED.resolve():
         raise UserError(
             f"expected an --output-folder of your own, found {folder}, which holds the shipped weights; name another"
@@ -35,10 +45,19 @@ def prepare_run(folder: Path, stage: str, resume: bool, overwrite: bool) -> None
         )
     try:
         (folder / stage).mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            resume_file.unlink(missing_ok=True)  # or --resume could go on with the run that was given up
+        lock = FileLock(folder / stage / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"expected nobody else at work in {folder}, found a {stage} run that goes on; wait for its end, or name "
+            f"another --output-folder"
+        ) from None
     except OSError as error:
         raise UserError(f"expected to write to {folder}: {error.strerror}; name another --output-folder") from None
+    with lock:
+        if overwrite:
+            resume_file.unlink(missing_ok=True)  # or --resume could go on with the run that was given up
+        yield
 
 
 def find_vqvae(given: Path | None) -> Path:
