@@ -1,4 +1,6 @@
 import json
+import math
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,7 +25,7 @@ from vqvae.common.engine import (
     make_optimizer,
     pick_device,
 )
-from vqvae.common.errors import UserError
+from vqvae.common.errors import Interrupted, UserError
 
 NUM = 23  # samples of the toy data: no multiple of its batch size
 BATCH = 4
@@ -41,6 +43,7 @@ class Toy:
     rates: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)  # figures of the epochs that were kept as the best
     fail_at: int | None = None  # step of this fit in which it breaks off
+    signal_at: int | None = None  # step of this fit in which a SIGTERM arrives
 
     def fit(self, num_epochs: int, resume: bool = False, **changes: Any) -> nn.Module:
         torch.manual_seed(1)
@@ -52,6 +55,8 @@ class Toy:
         def loss(rows: Tensor, x: Tensor) -> dict[str, Tensor]:
             if len(self.batches) == self.fail_at:
                 raise KeyboardInterrupt
+            if len(self.batches) == self.signal_at:
+                signal.raise_signal(signal.SIGTERM)
             self.batches.append(rows.tolist())
             self.modes.append(model.training)
             error = (model(x) - x.sum(1, keepdim=True)).square().mean()
@@ -277,6 +282,31 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+def end_by_a_signal_in_the_third_epoch(toy: Toy) -> None:
+    toy.signal_at = 2 * STEPS + 3
+    with pytest.raises(Interrupted) as interrupted:
+        toy.fit(4)
+    toy.signal_at = None
+    assert (interrupted.value.signal, interrupted.value.step) == (signal.SIGTERM, 2 * STEPS + 4)
+    assert len(toy.batches) == 2 * STEPS + 4  # the step in which it came was finished, and none was begun
+    assert load_resume_state(toy.folder / "resume.pt")["step"] == 2 * STEPS + 4
+
+
+def end_by_a_signal_in_the_last_step_of_the_third_epoch(toy: Toy) -> None:
+    toy.signal_at = 3 * STEPS - 1
+    with pytest.raises(Interrupted):
+        toy.fit(4)
+    toy.signal_at = None
+    assert load_resume_state(toy.folder / "resume.pt")["step"] == 3 * STEPS
+
+
+def be_killed_when_each_step_was_saved(toy: Toy) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "SAVE_EVERY_S", 0)
+        break_off_in_the_third_epoch(toy)
+    assert load_resume_state(toy.folder / "resume.pt")["step"] == 2 * STEPS + 3
+
+
 def stop_after_two_epochs(toy: Toy) -> None:
     toy.fit(2)
 
@@ -305,7 +335,15 @@ def break_off_while_saving_the_third_epoch(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize(
-    "stop", [stop_after_two_epochs, break_off_in_the_third_epoch, break_off_while_saving_the_third_epoch]
+    "stop",
+    [
+        stop_after_two_epochs,
+        break_off_in_the_third_epoch,
+        break_off_while_saving_the_third_epoch,
+        be_killed_when_each_step_was_saved,
+        end_by_a_signal_in_the_third_epoch,
+        end_by_a_signal_in_the_last_step_of_the_third_epoch,
+    ],
 )
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: Callable[[Toy], None]
@@ -343,18 +381,77 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
     assert same(load_resume_state(tmp_path / "resume.pt"), before)
 
 
-def attempt(folder: Path, **changes: Any) -> None:
-    """A fit of next to nothing, for its errors."""
+def test_signals_are_answered_as_before_when_a_run_is_over(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    toy = Toy(tmp_path)
+    end_by_a_signal_in_the_third_epoch(toy)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
+    def loss(x: Tensor) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path, loss=loss)
+
+
+@pytest.mark.parametrize(("bad_step", "before"), [(0, "none"), (7, "loss 6, other 1")])
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step_the_last_finite_ones_and_the_last_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int, before: str
+) -> None:
+    monkeypatch.setattr(engine, "LOG_EVERY", 3)
+    steps = iter(range(20))
+    w = nn.Linear(1, 1)
+
+    def loss(x: Tensor) -> dict[str, Tensor]:
+        step = next(steps)
+        value = math.inf if step == bad_step else step
+        return {"loss": w(x).mean() * 0 + value, "other": torch.ones(())}
+
+    with pytest.raises(UserError) as told:
+        attempt(tmp_path, w, loss, num=10, training=Training(batch_size=2, num_epochs=2))
+    saved = 5 if bad_step > 5 else 0
+    assert str(told.value) == (
+        f"expected finite losses, found loss inf, other 1 at step {bad_step + 1}, after "
+        f"{before}; the last good save, of step {saved}, is {tmp_path / 'resume.pt'}; start anew "
+        f"with a smaller --lr"
+    )
+    assert (tmp_path / "resume.pt").exists() == (saved > 0)
+    if saved:
+        assert load_resume_state(tmp_path / "resume.pt")["step"] == saved
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
-    call: dict[str, Any] = {"settings": {}, "resume": False, **changes}
+
+    def loss(x: Tensor) -> dict[str, Tensor]:
+        return {"loss": (model(x) * 0).sqrt().mean()}  # 0, and no gradient there
+
+    with pytest.raises(UserError, match=r"expected finite weights, found others after step 1; the last good save, of"):
+        attempt(tmp_path, model, loss)
+    assert not (tmp_path / "resume.pt").exists()
+
+
+def attempt(
+    folder: Path,
+    model: nn.Module | None = None,
+    loss: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    num: int = 1,
+    **changes: Any,
+) -> None:
+    """A fit of next to nothing, for its errors."""
+    model = model or nn.Linear(1, 1)
+    call: dict[str, Any] = {"settings": {}, "resume": False, "training": Training(num_epochs=1), **changes}
     fit(
         model,
-        (torch.zeros(1, 1),),
-        lambda x: {"loss": model(x).mean()},
+        (torch.zeros(num, 1),),
+        loss or (lambda x: {"loss": model(x).mean()}),
         lambda: {"figure": 1.0},
         lambda figures: None,
         best_by="figure",
-        training=Training(num_epochs=1),
         seed=0,
         folder=folder,
         unit="things",

@@ -90,6 +90,11 @@ def summed(tensor: Tensor) -> Tensor:
     return total
 
 
+def agreed(*wishes: bool) -> list[bool]:
+    """Of each wish whether any process has it, so that all do the same after the same step."""
+    return summed(torch.tensor(wishes, dtype=torch.int64)).bool().tolist()
+
+
 def averaged(mean: Tensor, num: int) -> Tensor:
     """The mean over everybody's samples from this process's mean over its `num`; its gradient is its own mean's, which
     makes `sum_gradients` come to the whole's."""

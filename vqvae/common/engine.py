@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vqvae.common import checkpoint
 from vqvae.common.config import require_range
-from vqvae.common.distributed import gathered, is_main, rank, share_of_batch, sum_gradients, summed, wait_for_all
+from vqvae.common.distributed import agreed, gathered, is_main, rank, share_of_batch, sum_gradients, wait_for_all
 from vqvae.common.errors import Interrupted, UserError
 from vqvae.common.interrupts import listening
 from vqvae.common.logs import RunLog
@@ -195,7 +195,7 @@ def fit(
     """
     optimizer = make_optimizer(model, training)
     resume_file = folder / "resume.pt"
-    first_step, saved_step, best, means = 0, 0, math.inf, Means()
+    first_step, best, means = 0, math.inf, Means()
     if resume:
         state = checkpoint.load_resume_state(resume_file)
         if not {"model", "optimizer", "step", "means", "best", "settings"} <= state.keys():
@@ -203,21 +203,50 @@ def fit(
         _require_same(state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first_step = saved_step = state["step"]
-        best, means = state["best"], Means(state["means"] if is_main() else None)
+        first_step, best = state["step"], state["best"]
+        means = Means(state["means"] if is_main() else None)
     num = len(data[0])
     steps = math.ceil(num / training.batch_size)  # of an epoch
     total_steps = steps * training.num_epochs
     log = RunLog(folder, first_step)
     bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not is_main())
+    last: dict[str, float] = {}  # the losses that were read last
+    saved_step, saved_s = first_step, time.monotonic()
+
+    def take_step(i: int, order: Tensor) -> tuple[dict[str, Tensor], int]:
+        """Step i of the run; the losses of this process's part of the batch, and how many samples that has."""
+        torch.manual_seed(derive_seed(seed, "step", i))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, i / total_steps)
+        rows = order[i % steps * training.batch_size :][: training.batch_size]
+        batch = prepare(*(tensor[rows] for tensor in data))
+        if rank() > 0:
+            torch.manual_seed(derive_seed(seed, "step", i, rank()))  # a dropout of its own
+        mine = share_of_batch(len(rows))
+        losses = loss_fn(*(tensor[mine] for tensor in batch))
+        optimizer.zero_grad()
+        next(iter(losses.values())).backward()
+        num = mine.stop - mine.start
+        sum_gradients(model, num / len(rows))
+        optimizer.step()
+        return losses, num
+
+    def catch_up(step: int) -> dict[str, float]:
+        """The losses of the last of `step` steps, all read and found finite."""
+        nonlocal last
+        rows = means.catch_up()
+        for i, row in enumerate(rows, start=step - len(rows) + 1):
+            if not all(map(math.isfinite, row.values())):
+                found, before = (", ".join(f"{k} {v:.4g}" for k, v in losses.items()) for losses in (row, last))
+                raise diverged(f"losses, found {found} at step {i}, after {before or 'none'}")
+            last = row
+        return last
 
     def save(step: int) -> None:
-        nonlocal saved_step
+        """All that resuming needs, if it is worth resuming."""
+        nonlocal saved_step, saved_s
         if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
-            raise UserError(
-                f"expected finite weights, found others after step {step}; the last good save, of step {saved_step}, "
-                f"is {resume_file}; start anew with a smaller --lr"
-            )
+            raise diverged(f"weights, found others after step {step}")
         log.flush()  # curves may go further than the weights, which resuming mends, but must not lag behind
         state = {
             "model": model.state_dict(),
@@ -228,58 +257,47 @@ def fit(
             "settings": dict(settings),
         }
         checkpoint.save_resume_state(resume_file, state)
-        saved_step = step
+        saved_step, saved_s = step, time.monotonic()
+
+    def diverged(what: str) -> UserError:
+        return UserError(
+            f"expected finite {what}; the last good save, of step {saved_step}, is {resume_file}; start anew with a "
+            f"smaller --lr"
+        )
 
     with log, bar, listening() as request:
-        saved_s = time.monotonic()
         for epoch in range(first_step // steps, training.num_epochs):
             bar.set_description(f"epoch {epoch + 1}/{training.num_epochs}")
             model.train()
             generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
             order = torch.randperm(num, generator=generator).to(data[0].device)
             start, end = max(first_step, epoch * steps), (epoch + 1) * steps
-            started_s, last = time.perf_counter(), dict[str, float]()
-            for i in range(start, end):
-                torch.manual_seed(derive_seed(seed, "step", i))
-                rate = learning_rate(training, i / total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                rows = order[(i - epoch * steps) * training.batch_size :][: training.batch_size]
-                mine = share_of_batch(len(rows))
-                batch = prepare(*(tensor[rows] for tensor in data))
-                if rank() > 0:
-                    torch.manual_seed(derive_seed(seed, "step", i, rank()))  # a dropout of its own
-                losses = loss_fn(*(tensor[mine] for tensor in batch))
-                optimizer.zero_grad()
-                next(iter(losses.values())).backward()
-                num_mine = mine.stop - mine.start
-                sum_gradients(model, num_mine / len(rows))
-                optimizer.step()
-                means.add(losses, num_mine)
+            started_s = time.perf_counter()
+            for i in range(start, end - 1):
+                means.add(*take_step(i, order))
                 bar.update()
-                if (i + 1) % LOG_EVERY == 0 or i + 1 == end:
-                    last = _require_finite(means.catch_up(), i + 1, last, saved_step, resume_file)
-                if (i + 1) % LOG_EVERY == 0 and i + 1 < end:
-                    bar.set_postfix_str(f"loss {next(iter(last.values())):.4f}")
-                    log.scalars({f"{k}/train_step": v for k, v in last.items()} | {"lr": rate}, i + 1)
-                stop, due = _agree(request.signal is not None, time.monotonic() - saved_s > SAVE_EVERY_S)
-                if (stop or due) and i + 1 < end:
-                    last = _require_finite(means.catch_up(), i + 1, last, saved_step, resume_file)
+                if (i + 1) % LOG_EVERY == 0:
+                    losses = catch_up(i + 1)
+                    bar.set_postfix_str(f"loss {next(iter(losses.values())):.4f}")
+                    rate = learning_rate(training, i / total_steps)
+                    log.scalars({f"{k}/train_step": v for k, v in losses.items()} | {"lr": rate}, i + 1)
+                stop, due = agreed(request.signal is not None, time.monotonic() - saved_s > SAVE_EVERY_S)
+                if stop or due:
+                    catch_up(i + 1)
                     save(i + 1)
-                    saved_s = time.monotonic()
-                    if stop:
-                        raise Interrupted(request.signal or SIGTERM, i + 1)
+                if stop:
+                    raise Interrupted(request.signal or SIGTERM, i + 1)
+            means.add(*take_step(end - 1, order))
+            bar.update()
+            catch_up(end)
             per_s = (end - start) / steps * num / (time.perf_counter() - started_s)
             figures = evaluate()
             if not math.isfinite(figures[best_by]):
-                raise UserError(
-                    f"expected a finite {best_by}, found {figures[best_by]} after epoch {epoch + 1}; the last good "
-                    f"save, of step {saved_step}, is {resume_file}; start anew with a smaller --lr"
-                )
+                raise diverged(f"{best_by} on validation, found {figures[best_by]} after epoch {epoch + 1}")
             log.scalars(
                 {f"{k}/train": v for k, v in means.read().items()}
                 | {f"{k}/validation": v for k, v in figures.items()}
-                | {"lr": rate, f"{unit}_per_s": per_s, "epoch": epoch + 1},
+                | {"lr": learning_rate(training, (end - 1) / total_steps), f"{unit}_per_s": per_s, "epoch": epoch + 1},
                 end,
             )
             bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
@@ -289,30 +307,10 @@ def fit(
                 save_best(figures)
             means = Means()
             save(end)
-            saved_s = time.monotonic()
-            if _agree(request.signal is not None) == [True] and epoch + 1 < training.num_epochs:
+            (stop,) = agreed(request.signal is not None)
+            if stop and epoch + 1 < training.num_epochs:
                 raise Interrupted(request.signal or SIGTERM, end)
     wait_for_all()  # the best weights are on disk
-
-
-def _agree(*wishes: bool) -> list[bool]:
-    """What one process was asked to do or finds due, all of them do after the same step."""
-    return summed(torch.tensor(wishes)).bool().tolist()
-
-
-def _require_finite(
-    rows: list[dict[str, float]], step: int, last: dict[str, float], saved_step: int, resume_file: Path
-) -> dict[str, float]:
-    """The last of the steps' losses, those up to `step`, or else an error that names the first that isn't finite."""
-    for i, row in enumerate(rows, start=step - len(rows) + 1):
-        if not all(map(math.isfinite, row.values())):
-            found, before = (", ".join(f"{k} {v:.4g}" for k, v in losses.items()) for losses in (row, last))
-            raise UserError(
-                f"expected finite losses, found {found} at step {i}, after {before or 'none'}; the last good save, of "
-                f"step {saved_step}, is {resume_file}; start anew with a smaller --lr"
-            )
-        last = row
-    return last
 
 
 def _require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
