@@ -46,7 +46,7 @@ ClassifierFile = Annotated[
 PriorFile = Annotated[Path | None, typer.Option("--prior", help="Prior weights [default: your newest, or the shipped]")]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="How far the label is heeded, above 1 more than the prior itself would [default: 1]"),
+    typer.Option(help="How far labels are heeded; 1 is the prior itself [default: 1.75 with labels]"),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples a step [default: the recipe's]")]
 NumEpochs = Annotated[int | None, typer.Option(help="Passes over the data [default: the recipe's]")]
@@ -282,12 +282,14 @@ def sample(
         print(f"weights: {describe(vqvae_file)}")
     else:
         from prior.model import load_prior
+        from prior.sampling import GUIDANCE
         from prior.sampling import sample as draw_maps
 
         if label is not None and labels is not None:
             raise UserError("expected --label or --labels, found both; type one of them")
         if label is not None:
             labels = str(label)
+        scale = guidance if guidance is not None else GUIDANCE if labels is not None else 1.0
         if labels is not None:
             cycle = _parse_labels(labels)
             drawn_labels = torch.tensor([cycle[i % len(cycle)] for i in range(num_samples)])
@@ -301,7 +303,7 @@ def sample(
                 num_samples,
                 generator,
                 labels=drawn_labels,
-                guidance=1.0 if guidance is None else guidance,
+                guidance=scale,
                 temperature=1.0 if temperature is None else temperature,
                 top_k=top_k,
                 top_p=1.0 if top_p is None else top_p,
@@ -422,6 +424,7 @@ def evaluate(
     from prior.evaluate import evaluate as measure
     from prior.model import load_prior
     from prior.report import as_text, tabulate, write_report
+    from prior.sampling import GUIDANCE
     from vqvae.common.classifier import load_classifier
     from vqvae.common.data import load_test, load_train_and_validation
     from vqvae.common.engine import pick_device
@@ -440,11 +443,10 @@ def evaluate(
     splits = {"train": train_digits, "validation": validation_digits}
     if split == "test":
         splits["test"] = load_test(data_folder, not no_download)
-    scale = 1.0 if guidance is None else guidance
+    scale = GUIDANCE if guidance is None else guidance
     evaluation = measure(model, network, eyes, splits, num_samples=num_samples, seed=seed, guidance=scale)
     if cas:
-        labelled = next(s for s in evaluation.sets if s.name == "pixelcnn_labelled")
-        scores = classification_accuracy_score(labelled, train_digits, splits[split], seed, chosen_device)
+        scores = classification_accuracy_score(evaluation.judged, train_digits, splits[split], seed, chosen_device)
         evaluation.figures["classification_accuracy_score"] = scores
     origin = {
         "split": split,
@@ -493,7 +495,9 @@ def _print_written(written: Path, following: list[Any]) -> None:
 def _progress(num_samples: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=num_samples, unit="map", dynamic_ncols=True)
+    from vqvae.common.distributed import is_main
+
+    return tqdm(total=num_samples, unit="map", dynamic_ncols=True, disable=not is_main())
 
 
 def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from prior.model import GatedPixelCNN
-from prior.sampling import sample
+from prior.sampling import GUIDANCE, sample
 from prior.train import objective
 from vqvae.common.data import NUM_CLASSES, Split, to_model_range, to_unit_range
 from vqvae.common.engine import derive_seed, evaluating
 from vqvae.common.errors import UserError
+from vqvae.common.fidelity import nearest
 from vqvae.common.metrics import codes_used, count_codes
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE
@@ -53,13 +54,14 @@ def compare(
     def mode(name: str, title: str, indices: Tensor, meant: Tensor, images: Tensor | None = None) -> Mode:
         images = decode(vqvae, indices) if images is None else images
         used = codes_used(count_codes(indices, vqvae.config.k))
-        nats, distance = nats_per_code(prior, indices), nearest(images, digits)
+        distances, _ = nearest(images.flatten(1), digits)
+        nats, distance = nats_per_code(prior, indices), (distances / digits.shape[1] ** 0.5).mean().item()
         return Mode(name, title, images, indices.cpu(), meant, used, nats, distance)
 
     with evaluating(vqvae):
         from_latents = gaussian_latents(vqvae, num_samples, generator("latents"))
         from_images = gaussian_images(vqvae, num_samples, generator("images"))
-    drawn = sample(prior, num_samples, generator("pixelcnn"), labels=labels).to(vqvae.device)
+    drawn = sample(prior, num_samples, generator("pixelcnn"), labels=labels, guidance=GUIDANCE).to(vqvae.device)
     none = torch.full_like(labels, -1)
     originals = to_unit_range(to_model_range(real)).cpu()
     return [
@@ -91,9 +93,3 @@ def nats_per_code(prior: GatedPixelCNN, indices: Tensor) -> float:
     """Mean negative log-likelihood of maps (N, H, W) under the prior, without labels."""
     with evaluating(prior):
         return objective(prior, indices, None)["nats_per_code"].item()
-
-
-def nearest(images: Tensor, digits: Tensor) -> float:
-    """Mean over images (N, 1, S, S) of the root mean square distance to the nearest of digits (M, S*S)."""
-    distances = torch.cdist(images.flatten(1), digits).min(dim=1).values
-    return (distances / digits.shape[1] ** 0.5).mean().item()

@@ -20,6 +20,7 @@ from prior.unigram import baselines, draw_independently, uniform, unigram
 from prior.unigram import nats_by_position as unigram_nats_by_position
 from vqvae.common.classifier import Classifier, ClassifierTraining, accuracy_after_training_on, look
 from vqvae.common.data import NUM_CLASSES, Split, to_bytes, to_model_range, to_unit_range
+from vqvae.common.distributed import is_main
 from vqvae.common.engine import derive_seed
 from vqvae.common.errors import UserError
 from vqvae.common.fidelity import (
@@ -39,7 +40,6 @@ from vqvae.train import evaluate as evaluate_vqvae
 SURE = 0.99  # the classifier's probability from which it counts as sure
 NUM_PAIRS = 50
 FEWEST = 100  # samples that a figure is worth printing for
-NUM_STEPS = 19  # of the progress bar: two for each set of images, and three more
 
 
 class ImageSet(NamedTuple):
@@ -57,6 +57,7 @@ class Evaluation(NamedTuple):
 
     figures: dict[str, Any]  # plain numbers and text, for metrics.json
     sets: list[ImageSet]
+    judged: ImageSet  # the labelled samples: those whose memorisation is measured
     closest: Tensor  # (2 * NUM_PAIRS, 1, S, S) uint8: samples, each followed by its nearest training digit
     nats: Tensor  # (H, W), the prior's by position
     unigram_nats: Tensor  # (H, W), the unigram's
@@ -79,7 +80,7 @@ def evaluate(
         splits: `train`, whose digits every set is compared with, and others by name; the last one is held out to be
             measured: validation for choices, test for what is reported.
         num_samples: images in every set.
-        guidance: of the labelled samples.
+        guidance: of labelled samples; unless it is 1, they are measured without it too.
     Raises:
         UserError: more samples than digits to hold them against, or too few for the figures.
     """
@@ -91,31 +92,33 @@ def evaluate(
         )
     k = vqvae.config.k
     reference, held_out = _first(train, num_samples), _first(measured, num_samples)
-    with tqdm(total=NUM_STEPS, unit="step", dynamic_ncols=True) as bar:
+    print("extracting the code maps", flush=True)
+    codes = {name: extract(vqvae, split) for name, split in splits.items()}
+    train_codes, measured_codes = codes["train"], list(codes.values())[-1]
+    frequencies = unigram(train_codes, k)
+    ways = _ways(vqvae, prior, held_out, reference.labels, frequencies, guidance)
+    with tqdm(total=2 * len(ways) + 2, unit="step", dynamic_ncols=True, disable=not is_main()) as bar:
 
         def step(what: str) -> None:
             bar.set_description(what)
             bar.update()
 
-        step("code maps")
-        codes = {name: extract(vqvae, split) for name, split in splits.items()}
-        train_codes, measured_codes = codes["train"], list(codes.values())[-1]
-        frequencies = unigram(train_codes, k)
         sets = {}
-        for name, title, labels, draw in _ways(vqvae, prior, held_out, reference.labels, frequencies, guidance):
+        for name, title, labels, draw in ways:
             step(f"drawing: {title}")
             with torch.inference_mode():
                 drawn = draw(torch.Generator().manual_seed(derive_seed(seed, name)))
             indices = None if drawn.dtype == torch.uint8 else drawn.to(vqvae.device)
             images = drawn if indices is None else to_bytes(decode(vqvae, indices))
             sets[name] = ImageSet(name, title, images, indices, labels)
+        judged = sets.get("pixelcnn_guided", sets["pixelcnn_labelled"])
         features, _ = look(classifier, reference.images)
         rows = []
         for image_set in sets.values():
             step(f"measuring: {image_set.title}")
             rows.append(_row(image_set, classifier, features, seed))
         step("nearest training digits")
-        memorisation, closest = _memorisation(sets, train, train_codes, measured_codes)
+        memorisation, closest = _memorisation(sets, judged, train, train_codes, measured_codes)
         step("likelihood")
         codes["train"] = Codes(*(part[: len(measured_codes.labels)] for part in train_codes))  # enough of them
         likelihood = {
@@ -132,6 +135,7 @@ def evaluate(
         return Evaluation(
             figures,
             list(sets.values()),
+            judged,
             closest,
             nats_by_position(prior, measured_codes).cpu(),
             unigram_nats_by_position(frequencies, measured_codes.indices).cpu(),
@@ -163,8 +167,7 @@ def _ways(
 ) -> list[Way]:
     n = len(labels)
     even = uniform(vqvae.map_shape, vqvae.config.k)
-    labelled = "pixelcnn, given labels" if guidance == 1 else f"pixelcnn, given labels, guidance {guidance:g}"
-    return [
+    ways: list[Way] = [
         ("real", "held-out digits", held_out.labels, lambda _: held_out.images),
         (
             "reconstructions",
@@ -172,13 +175,19 @@ def _ways(
             held_out.labels,
             lambda _: reconstruct(vqvae, held_out.images.to(vqvae.device))[0],
         ),
-        ("pixelcnn_labelled", labelled, labels, lambda g: sample(prior, n, g, labels=labels, guidance=guidance)),
+        ("pixelcnn_labelled", "pixelcnn, labels", labels, lambda g: sample(prior, n, g, labels=labels)),
         ("pixelcnn", "pixelcnn, no labels", None, lambda g: sample(prior, n, g)),
         ("unigram", "per-position unigram", None, lambda g: draw_independently(frequencies, n, g)),
         ("uniform", "uniform code", None, lambda g: draw_independently(even, n, g)),
         ("gaussian_latent", "gaussian latents", None, lambda g: gaussian_latents(vqvae, n, g)),
         ("gaussian_image", "gaussian images", None, lambda g: gaussian_images(vqvae, n, g)),
     ]
+    if guidance != 1:
+        title = f"pixelcnn, guidance {guidance:g}"
+        ways.insert(
+            2, ("pixelcnn_guided", title, labels, lambda g: sample(prior, n, g, labels=labels, guidance=guidance))
+        )
+    return ways
 
 
 def _row(image_set: ImageSet, classifier: Classifier, real: Tensor, seed: int) -> dict[str, Any]:
@@ -208,14 +217,18 @@ def _row(image_set: ImageSet, classifier: Classifier, real: Tensor, seed: int) -
 
 
 def _memorisation(
-    sets: dict[str, ImageSet], train: Split, train_codes: Codes, codes: Codes
+    sets: dict[str, ImageSet], judged: ImageSet, train: Split, train_codes: Codes, codes: Codes
 ) -> tuple[dict[str, Any], Tensor]:
     """Whether labelled samples lie closer to training digits than held-out digits do, or their reconstructions, which
     are as smooth as samples; and whether they repeat training maps more often. With the closest pairs."""
     reference = to_unit_range(to_model_range(train.images)).flatten(1)
     found = {}
-    for name in ("real", "reconstructions", "pixelcnn_labelled"):
-        vectors = to_unit_range(to_model_range(sets[name].images)).flatten(1)
+    for name, image_set in {
+        "real": sets["real"],
+        "reconstructions": sets["reconstructions"],
+        "samples": judged,
+    }.items():
+        vectors = to_unit_range(to_model_range(image_set.images)).flatten(1)
         found[name] = nearest(vectors, reference)
     distances = {name: distance / reference.shape[1] ** 0.5 for name, (distance, _) in found.items()}
     known = {m.tobytes() for m in train_codes.indices.cpu().numpy()}
@@ -223,17 +236,16 @@ def _memorisation(
     def repeated(indices: Tensor) -> int:
         return sum(m.tobytes() in known for m in indices.cpu().numpy())
 
-    drawn = sets["pixelcnn_labelled"]
-    assert drawn.indices is not None
-    order = distances["pixelcnn_labelled"].argsort()[:NUM_PAIRS]
-    pairs = torch.stack([drawn.images[order], train.images[found["pixelcnn_labelled"][1][order]]], dim=1)
+    assert judged.indices is not None
+    order = distances["samples"].argsort()[:NUM_PAIRS]
+    pairs = torch.stack([judged.images[order], train.images[found["samples"][1][order]]], dim=1)
     figures = {
         "distance": {name: distance.mean().item() for name, distance in distances.items()},
-        "p_closer_than_real": closer(distances["pixelcnn_labelled"], distances["real"]),
-        "p_closer_than_reconstructions": closer(distances["pixelcnn_labelled"], distances["reconstructions"]),
+        "p_closer_than_real": closer(distances["samples"], distances["real"]),
+        "p_closer_than_reconstructions": closer(distances["samples"], distances["reconstructions"]),
         "p_reconstructions_closer_than_real": closer(distances["reconstructions"], distances["real"]),
-        "copied_maps": repeated(drawn.indices),
-        "copied_maps_real": repeated(codes.indices[: len(drawn.images)]),
+        "copied_maps": repeated(judged.indices),
+        "copied_maps_real": repeated(codes.indices[: len(judged.images)]),
     }
     return figures, pairs.flatten(0, 1)
 

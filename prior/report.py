@@ -50,8 +50,8 @@ def tabulate(figures: dict[str, Any]) -> list[Table]:
     rows = figures["rows"]
     sets = [["set", "FID", "FID∞", "KID x 1000", "precision", "recall", "density", "coverage", f"sure (p ≥ {SURE})"]]
     sets[0] += ["agree with label"]
-    digits = [["set", *(f"taken for {d}" for d in range(NUM_CLASSES))]]
-    agreement = [["set", *(f"agree, {d}" for d in range(NUM_CLASSES))]]
+    digits = [["taken for", *map(str, range(NUM_CLASSES))]]
+    agreement = [["label", *map(str, range(NUM_CLASSES))]]
     for row in rows:
         sets.append(
             [
@@ -108,7 +108,7 @@ def tabulate(figures: dict[str, Any]) -> list[Table]:
         ],
         [
             "samples",
-            f"{distance['pixelcnn_labelled']:.4f}",
+            f"{distance['samples']:.4f}",
             f"{found['p_closer_than_real']:.3g} (their reconstructions: {found['p_closer_than_reconstructions']:.3g})",
             str(found["copied_maps"]),
         ],

@@ -18,6 +18,7 @@ from vqvae.common.errors import UserError
 
 SAMPLING_BATCH = 100
 MAX_GUIDANCE = 100
+GUIDANCE = 1.75  # what the command line draws labelled digits with; chosen on validation (README, "What was tried")
 
 # Logits (B, K) at (i, j) given the codes before it in indices (B, H, W): called as logits_at(indices, i, j).
 LogitsAt = Callable[[Tensor, int, int], Tensor]

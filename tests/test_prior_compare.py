@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from prior.compare import Mode, compare, first_of_each_class, nats_per_code, nearest
+from prior.compare import Mode, compare, first_of_each_class, nats_per_code
 from prior.model import GatedPixelCNN, PriorConfig
 from vqvae.common.data import Split
 from vqvae.common.errors import UserError
@@ -73,12 +73,6 @@ def test_figures_equal_brute_force() -> None:
             p = prior(mode.indices).double().softmax(dim=1).numpy()
         told = [p[n, mode.indices[n, i, j], i, j] for n, i, j in np.ndindex(20, 7, 7)]
         assert mode.nats_per_code == pytest.approx(-np.log(told).mean(), abs=1e-5)
-
-
-def test_the_distance_of_a_reference_digit_to_itself_is_0_and_of_black_to_white_is_1() -> None:
-    digits = torch.rand(9, 784, generator=torch.Generator().manual_seed(0))
-    assert nearest(digits[3:5].unflatten(1, (1, 28, 28)), digits) == pytest.approx(0, abs=1e-3)
-    assert nearest(torch.ones(2, 1, 28, 28), torch.zeros(3, 784)) == pytest.approx(1, abs=1e-6)
 
 
 def test_an_even_prior_gives_every_map_log_k_nats_a_code() -> None:
