@@ -86,11 +86,10 @@ def sample(
             f"type --label 7 or --labels 0-9"
         )
     shape = (num_samples, *prior.map_shape)
-    if given is not None and (given.shape != shape or int(given.max()) >= prior.num_codes):
-        raise ValueError(
-            f"expected given codes below {prior.num_codes} of shape {shape}, found some up to {int(given.max())} of "
-            f"shape {tuple(given.shape)}"
-        )
+    if given is not None and (given.dtype != torch.int64 or given.shape != shape):
+        raise ValueError(f"expected given codes int64 of shape {shape}, found {given.dtype} of {tuple(given.shape)}")
+    if given is not None and given.max() >= prior.num_codes:
+        raise ValueError(f"expected given codes below {prior.num_codes}, found {int(given.max())}")
     device = prior.device
     maps = torch.zeros(shape, dtype=torch.int64, device=device)
     with evaluating(prior):

@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor
 
 import prior.sampling
+from prior.incremental import IncrementalLogits
 from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig
-from prior.sampling import adjust, draw, sample
+from prior.sampling import adjust, draw, guided, plain_logits, sample
 from vqvae.common.errors import UserError
 
 
@@ -38,13 +41,20 @@ def sample_by_hand(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    guidance: float = 1.0,
+    given: Tensor | None = None,
 ) -> np.ndarray:
     """One map at a time, one code at a time, over maps that start as garbage."""
     rng = np.random.default_rng(99)
     maps = rng.integers(network.num_codes, size=uniforms.shape)
     for n, label in enumerate(labels):
         for i, j in np.ndindex(uniforms.shape[1:]):
-            logits = network(torch.from_numpy(maps[n : n + 1]), torch.tensor([label]))[0, :, i, j].double().numpy()
+            if given is not None and given[n, i, j] >= 0:
+                maps[n, i, j] = given[n, i, j]
+                continue
+            twice = torch.from_numpy(maps[[n, n]])
+            with_label, without = network(twice, torch.tensor([label, NO_LABEL]))[:, :, i, j].double().numpy()
+            logits = without + guidance * (with_label - without)
             weights = np.exp((logits - logits.max()) / temperature)
             likeliest = sorted(range(network.num_codes), key=lambda code: -weights[code])[:top_k]
             kept, mass = [], 0.0
@@ -90,6 +100,88 @@ def test_sampling_every_label_equals_the_loop_by_hand() -> None:
     drawn = sample(network, 10, seeded(6), labels=labels)
     assert np.array_equal(drawn.numpy(), sample_by_hand(network, uniforms.numpy(), labels.tolist()))
     assert not torch.equal(drawn, sample(network, 10, seeded(6), labels=labels.roll(1)))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0, 7.0])
+def test_guided_sampling_equals_the_loop_by_hand(guidance: float) -> None:
+    network, labels = make_prior((4, 3)), torch.arange(10)
+    uniforms = torch.rand(10, 4, 3, generator=seeded(20), dtype=torch.float64)
+    drawn = sample(network, 10, seeded(20), labels=labels, guidance=guidance)
+    expected = sample_by_hand(network, uniforms.numpy(), labels.tolist(), guidance=guidance)
+    assert np.array_equal(drawn.numpy(), expected)
+    assert not torch.equal(drawn, sample(network, 10, seeded(20), labels=labels))
+
+
+@pytest.mark.parametrize("logits_from", [IncrementalLogits, plain_logits])
+@torch.no_grad()
+def test_guided_logits_go_from_those_without_the_label_to_those_with_it_and_beyond(logits_from: Any) -> None:
+    network, labels = make_prior((2, 3)), torch.arange(10)
+    maps = torch.randint(6, (10, 2, 3), generator=seeded(21))
+    with_label, without = network(maps, labels), network(maps)
+    assert (with_label - without).abs().amax(dim=(1, 2, 3)).min() > 0.1
+    for guidance, expected in (
+        (0.0, without),
+        (0.25, 0.75 * without + 0.25 * with_label),
+        (1.0, with_label),
+        (3.0, 3 * with_label - 2 * without),
+    ):
+        logits_at = guided(network, labels, guidance, logits_from)
+        for i, j in np.ndindex(2, 3):
+            torch.testing.assert_close(logits_at(maps, i, j), expected[:, :, i, j], rtol=0, atol=1e-5)
+
+
+def test_a_guidance_of_1_is_the_prior_itself_and_one_of_0_the_prior_without_labels() -> None:
+    network, labels = make_prior((3, 4)).double(), torch.arange(10)
+    labelled, unlabelled = sample(network, 10, seeded(22), labels=labels), sample(network, 10, seeded(22))
+    assert not torch.equal(labelled, unlabelled)
+    assert torch.equal(sample(network, 10, seeded(22), labels=labels, guidance=1.0), labelled)
+    assert torch.equal(sample(network, 10, seeded(22), guidance=1.0), unlabelled)
+    assert torch.equal(sample(network, 10, seeded(22), labels=labels, guidance=0.0), unlabelled)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "temperature": 0.8, "top_k": 5, "top_p": 0.9}])
+def test_codes_that_are_given_are_kept_and_the_others_are_those_of_the_loop_by_hand(options: dict[str, float]) -> None:
+    network, labels = make_prior((3, 4)), torch.arange(10)
+    codes = torch.randint(6, (10, 3, 4), generator=seeded(23))
+    given = codes.where(torch.rand(codes.shape, generator=seeded(24)) < 0.5, -1)
+    drawn = sample(network, 10, seeded(25), labels=labels, given=given, **options)
+    assert torch.equal(drawn[given >= 0], given[given >= 0])
+    uniforms = torch.rand(10, 3, 4, generator=seeded(25), dtype=torch.float64)
+    expected = sample_by_hand(network, uniforms.numpy(), labels.tolist(), given=given, **options)
+    assert np.array_equal(drawn.numpy(), expected)
+
+
+def test_a_draw_heeds_the_given_codes_before_it_and_none_after() -> None:
+    network = make_prior((3, 4))
+    for place in range(12):
+        zero, five = torch.full((2, 60, 12), -1)
+        zero[:, place], five[:, place] = 0, 5
+        one, other = (sample(network, 60, seeded(26), given=g.view(60, 3, 4)).flatten(1) for g in (zero, five))
+        assert torch.equal(one[:, :place], other[:, :place])
+        assert (one[:, place + 1 :] != other[:, place + 1 :]).any() == (place < 11)
+
+
+def test_to_give_no_code_is_plain_sampling_and_to_give_all_gives_them_back() -> None:
+    network = make_prior((3, 4))
+    plain = sample(network, 9, seeded(27))
+    assert torch.equal(sample(network, 9, seeded(27), given=torch.full((9, 3, 4), -1)), plain)
+    assert torch.equal(sample(network, 9, seeded(28), given=plain), plain)
+    assert not torch.equal(sample(network, 9, seeded(28)), plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.full((2, 2, 2), 6), "expected given codes below 6, found 6"),
+        (torch.zeros(1, 2, 2, dtype=torch.int64), "int64 of shape (2, 2, 2), found torch.int64 of (1, 2, 2)"),
+        (torch.zeros(0, 2, 2, dtype=torch.int64), "int64 of shape (2, 2, 2), found torch.int64 of (0, 2, 2)"),
+        (torch.full((2, 2, 3), -1), "int64 of shape (2, 2, 2), found torch.int64 of (2, 2, 3)"),
+        (torch.full((2, 2, 2), 2.7), "int64 of shape (2, 2, 2), found torch.float32 of (2, 2, 2)"),
+    ],
+)
+def test_given_codes_that_there_are_none_of_or_of_another_shape_are_refused(given: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample(make_prior((2, 2)), 2, seeded(0), given=given)
 
 
 def test_the_logits_of_each_step_are_those_of_one_pass_over_the_finished_map(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,31 +269,47 @@ def test_drawing_inverts_the_cumulative_distribution_and_never_takes_an_impossib
     assert draw(thirds * (1 - 1e-15), torch.tensor([just_below_1], dtype=torch.float64)).tolist() == [6]
 
 
+LIKELIEST = "type --top-k 1 for the most likely codes"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "--temperature over 0, found 0"),
-        ({"temperature": -1.0}, "--temperature over 0, found -1"),
-        ({"temperature": math.nan}, "--temperature over 0, found nan"),
-        ({"top_k": 0}, "--top-k of at least 1, found 0"),
-        ({"top_k": -3}, "--top-k of at least 1, found -3"),
-        ({"top_p": 0.0}, r"--top-p over 0 and at most 1, found 0"),
-        ({"top_p": 1.01}, r"--top-p over 0 and at most 1, found 1.01"),
-        ({"top_p": -0.5}, r"--top-p over 0 and at most 1, found -0.5"),
-        ({"top_p": math.nan}, r"--top-p over 0 and at most 1, found nan"),
-        ({"labels": torch.tensor([0, 10])}, r"2 labels in 0..9, found \[0, 10\]"),
-        ({"labels": torch.tensor([-1, 0])}, r"2 labels in 0..9, found \[-1, 0\]"),
-        ({"labels": torch.tensor([0, 1, 2])}, r"2 labels in 0..9, found \[0, 1, 2\]"),
+        ({"temperature": 0.0}, f"expected --temperature over 0, found 0; {LIKELIEST}"),
+        ({"temperature": -1.0}, f"expected --temperature over 0, found -1; {LIKELIEST}"),
+        ({"temperature": math.nan}, f"expected --temperature over 0, found nan; {LIKELIEST}"),
+        ({"top_k": 0}, f"expected --top-k of at least 1, found 0; {LIKELIEST}"),
+        ({"top_k": -3}, f"expected --top-k of at least 1, found -3; {LIKELIEST}"),
+        ({"top_p": 0.0}, "expected --top-p over 0 and at most 1, found 0; type --top-p 1 for all codes"),
+        ({"top_p": 1.01}, "expected --top-p over 0 and at most 1, found 1.01; type --top-p 1 for all codes"),
+        ({"top_p": -0.5}, "expected --top-p over 0 and at most 1, found -0.5; type --top-p 1 for all codes"),
+        ({"top_p": math.nan}, "expected --top-p over 0 and at most 1, found nan; type --top-p 1 for all codes"),
+        ({"guidance": -0.5}, "expected --guidance between 0 and 100, found -0.5; type --guidance 1 for none"),
+        ({"guidance": 100.5}, "expected --guidance between 0 and 100, found 100.5; type --guidance 1 for none"),
+        ({"guidance": math.nan}, "expected --guidance between 0 and 100, found nan; type --guidance 1 for none"),
+        ({"guidance": 2.0}, "expected labels with --guidance 2, found none; type --labels 0-9 too"),
+        ({"guidance": 0.0}, "expected labels with --guidance 0, found none; type --labels 0-9 too"),
+        ({"labels": [0, 10]}, "expected 2 labels in 0..9, found [0, 10]; type --label 7 or --labels 0-9"),
+        ({"labels": [-1, 0]}, "expected 2 labels in 0..9, found [-1, 0]; type --label 7 or --labels 0-9"),
+        ({"labels": [0, 1, 2]}, "expected 2 labels in 0..9, found [0, 1, 2]; type --label 7 or --labels 0-9"),
     ],
+    ids=str,
 )
-def test_an_option_out_of_its_range_is_an_error_that_names_it(options: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        sample(make_prior((2, 2)), 2, seeded(0), **options)
+def test_an_option_out_of_its_range_is_an_error_that_names_it(options: dict[str, Any], message: str) -> None:
+    labels = {"labels": torch.tensor(options["labels"])} if "labels" in options else {}
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        sample(make_prior((2, 2)), 2, seeded(0), **{**options, **labels})
+
+
+@pytest.mark.parametrize("options", [{"guidance": 0.0}, {"guidance": 100.0}, {"top_p": 1.0}, {"top_k": 1}], ids=str)
+def test_the_ends_of_a_range_are_allowed(options: dict[str, float]) -> None:
+    assert sample(make_prior((2, 2)), 2, seeded(0), labels=torch.tensor([0, 9]), **options).shape == (2, 2, 2)
 
 
 @pytest.mark.parametrize("num_samples", [0, -1])
 def test_fewer_than_one_sample_is_an_error(num_samples: int) -> None:
-    with pytest.raises(UserError, match=f"--num-samples of at least 1, found {num_samples}"):
+    message = f"expected --num-samples of at least 1, found {num_samples}; type --num-samples 100"
+    with pytest.raises(UserError, match=f"^{message}$"):
         sample(make_prior((2, 2)), num_samples, seeded(0))
 
 

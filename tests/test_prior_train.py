@@ -11,7 +11,8 @@ import torch
 import prior.train
 from prior.codes import Codes, extract
 from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig, load_prior
-from prior.train import PriorTraining, baselines, drop_labels, evaluate, objective, train_prior
+from prior.train import PriorTraining, drop_labels, evaluate, nats_by_position, objective, train_prior
+from prior.unigram import baselines
 from vqvae.common import checkpoint
 from vqvae.common.data import load_test, load_train_and_validation
 from vqvae.common.errors import UserError
@@ -34,7 +35,7 @@ def make_codes(num: int, map_shape: tuple[int, int] = (2, 3), num_codes: int = 5
     return Codes(indices, torch.randint(10, (num,), generator=generator))
 
 
-# Objective, evaluation, baselines
+# Objective, evaluation
 
 
 def test_the_objective_of_constant_logits_has_its_known_value() -> None:
@@ -101,14 +102,25 @@ def test_evaluation_weighs_every_map_the_same_whatever_the_batch(monkeypatch: py
         assert found["bits_per_image"] == pytest.approx(with_label * 6 / math.log(2), abs=1e-5)
 
 
-def test_baselines_equal_counting_by_hand() -> None:
-    train, split = make_codes(30), make_codes(11, seed=1)
-    nats = []
-    for n, i, j in np.ndindex(11, 2, 3):
-        seen = sum(int(train.indices[m, i, j] == split.indices[n, i, j]) for m in range(30))
-        nats.append(-math.log((seen + 1) / (30 + 5)))
-    found = baselines(train, split, 5)
-    assert found == {"uniform": pytest.approx(math.log(5)), "unigram": pytest.approx(np.mean(nats), abs=1e-6)}
+def test_the_likelihood_of_each_position_is_its_own_and_their_mean_that_of_the_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, codes = make_prior().eval(), make_codes(23)
+    with torch.no_grad():
+        network.head[-1].weight.mul_(20)
+        logits = network(codes.indices, codes.labels).double().numpy()
+    expected = np.zeros((2, 3))
+    for n, i, j in np.ndindex(23, 2, 3):
+        column = logits[n, :, i, j]
+        expected[i, j] += (np.log(np.exp(column).sum()) - column[codes.indices[n, i, j]]) / 23
+    assert np.ptp(expected) > 0.05
+    network.train()
+    for batch in (1, 4, 1000):
+        monkeypatch.setattr(prior.train, "EVALUATION_BATCH", batch)
+        found = nats_by_position(network, codes)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+        assert found.mean().item() == pytest.approx(evaluate(network, codes)["nats_per_code"], abs=1e-6)
+    assert network.training
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])

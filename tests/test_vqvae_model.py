@@ -174,16 +174,3 @@ def test_weights_saved_on_cuda_load_on_the_cpu(tmp_path: Path, fixture_folder: P
     torch.testing.assert_close(loaded(x).x_hat, expected.x_hat)
     on_cuda, _ = load_vqvae(tmp_path / "vqvae.safetensors", torch.device("cuda"))
     assert {tensor.device.type for tensor in on_cuda.state_dict().values()} == {"cuda"}
-
-
-def test_blank_paper_gets_a_vector_of_its_own_at_each_place_with_position_scale() -> None:
-    torch.manual_seed(0)
-    model = VQVAE(VQVAEConfig(**{**TINY, "num_encoder_blocks": 0}, position_scale=1.0))
-    blank = torch.full((1, 1, 28, 28), -1.0)
-    with torch.no_grad():
-        inner = model.latents(blank)[0, :, 1:6, 1:6].flatten(1).T  # away from the padding
-        added = model.position[0, :, 1:6, 1:6].flatten(1).T
-    assert torch.allclose(inner - added, (inner - added)[:1].expand_as(inner), atol=1e-5)
-    assert len(inner.unique(dim=0)) == len(inner)
-    assert "position" in dict(model.named_parameters())
-    assert "position" not in dict(VQVAE(VQVAEConfig(**TINY)).named_parameters())

@@ -15,9 +15,9 @@ PADDING = 2  # pixels between images
 COLUMNS = 10
 
 
-def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
+def grid(images: Tensor) -> Tensor:
     """(N, 1, S, S) images in 0..1 as one (3, H, W) picture, row by row, on mid grey."""
-    return make_grid(images.cpu(), nrow=columns, padding=PADDING, pad_value=0.5)
+    return make_grid(images.cpu(), nrow=COLUMNS, padding=PADDING, pad_value=0.5)
 
 
 def grid_png(images: Tensor) -> bytes:
