@@ -46,7 +46,7 @@ ClassifierFile = Annotated[
 PriorFile = Annotated[Path | None, typer.Option("--prior", help="Prior weights [default: your newest, or the shipped]")]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="How far labels are heeded; 1 is the prior itself [default: 1.75 with labels]"),
+    typer.Option(help="How far labels are heeded; 1 is the prior itself [default: 1.5 with labels]"),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples a step [default: the recipe's]")]
 NumEpochs = Annotated[int | None, typer.Option(help="Passes over the data [default: the recipe's]")]
@@ -209,7 +209,10 @@ def train_classifier(
         )
     print(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
     written = weights_file(output_folder, "classifier")
-    _print_written(written, ["evaluate", "--classifier", written])
+    following = ["evaluate", "--classifier", written]
+    if data_folder != DEFAULT_DATA_FOLDER:
+        following += ["--data-folder", data_folder]
+    _print_written(written, following)
 
 
 @app.command()

@@ -1,18 +1,18 @@
 """Frozen VQ-VAE to code maps, cached on disk under what they were made from."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from vqvae.common import data
+from vqvae.common import checkpoint, data
 from vqvae.common.data import Split, to_model_range
 from vqvae.common.engine import evaluating, in_batches
-from vqvae.common.files import write_atomically
+from vqvae.common.errors import UserError
+from vqvae.common.files import reading, write_atomically
 from vqvae.model import VQVAE
 
 EXTRACTION_BATCH = 500
@@ -42,29 +42,37 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
         fingerprint: of the VQ-VAE.
         name: of the split, for the file's name.
         folder: where the cache lies, as `codes-<name>.safetensors`; a stale or damaged one is replaced.
+    Raises:
+        UserError: the cache can't be written.
     """
     path = folder / f"codes-{name}.safetensors"
     origin = {"vqvae": fingerprint, "data": data.digest(split)}
-    cached = _read(path, origin)
-    if cached is None:
-        print(f"extracting the code maps of {len(split.labels)} {name} images", flush=True)
-        codes = extract(model, split)
-        tensors = {
-            "indices": codes.indices.to("cpu", torch.int16),
-            "labels": codes.labels.to("cpu", torch.int16),
-        }
-        write_atomically(path, to_safetensors(tensors, metadata={"origin": json.dumps(origin)}))
-        return codes
-    return Codes(cached["indices"].to(model.device, torch.int64), cached["labels"].to(model.device, torch.int64))
-
-
-def _read(path: Path, origin: dict[str, str]) -> dict[str, Tensor] | None:
-    if not path.exists():
-        return None
+    labels = split.labels.to(model.device)
     try:
-        with safe_open(path, framework="pt") as file:
-            if json.loads((file.metadata() or {}).get("origin", "null")) != origin:
-                return None
-            return {name: file.get_tensor(name) for name in ("indices", "labels")}
-    except (SafetensorError, OSError, ValueError):
-        return None
+        indices = _read(path, origin, (len(labels), *model.map_shape), model.config.k)
+    except UserError:
+        print(f"extracting the code maps of {len(labels)} {name} images", flush=True)
+        codes = extract(model, split)
+        tensors = {"indices": codes.indices.to("cpu", torch.int16)}
+        metadata = {"fingerprint": checkpoint.fingerprint(origin, tensors)}
+        write_atomically(path, to_safetensors(tensors, metadata=metadata))
+        return codes
+    return Codes(indices.to(model.device, torch.int64), labels)
+
+
+def _read(path: Path, origin: dict[str, str], shape: tuple[int, ...], num_codes: int) -> Tensor:
+    """The indices in a cache, int16.
+
+    Raises:
+        UserError: none there, of another origin, or not whole.
+    """
+    with reading(path, "a cache of code maps", "delete it"), safe_open(path, framework="pt") as file:
+        if tuple(file.get_slice("indices").get_shape()) != shape:  # before as much memory is taken
+            raise ValueError("codes of another shape")
+        indices: Tensor = file.get_tensor("indices").clone()
+        # One hash of where they come from and what they are: stale and damaged look the same.
+        if file.metadata() != {"fingerprint": checkpoint.fingerprint(origin, {"indices": indices})}:
+            raise ValueError("codes of another origin")
+        if not 0 <= indices.min() <= indices.max() < num_codes:
+            raise ValueError("codes out of range")
+        return indices

@@ -85,10 +85,13 @@ def evaluate(
         UserError: more samples than digits to hold them against, or too few for the figures.
     """
     train, measured = splits["train"], list(splits.values())[-1]
-    if not FEWEST <= num_samples <= len(measured.labels):
+    most = len(measured.labels)
+    if most < FEWEST:
+        raise UserError(f"expected at least {FEWEST} digits to compare with, found {most}; measure with all of MNIST")
+    if not FEWEST <= num_samples <= most:
         raise UserError(
-            f"expected --num-samples between {FEWEST} and {len(measured.labels)}, the number of digits to compare "
-            f"with, found {num_samples}; type --num-samples {len(measured.labels)}"
+            f"expected --num-samples between {FEWEST} and {most}, the number of digits to compare with, found "
+            f"{num_samples}; type --num-samples {most}"
         )
     k = vqvae.config.k
     reference, held_out = _first(train, num_samples), _first(measured, num_samples)
@@ -210,9 +213,8 @@ def _row(image_set: ImageSet, classifier: Classifier, real: Tensor, seed: int) -
     if image_set.labels is not None:
         agrees = (digits == image_set.labels).float()
         figures["agreement"] = agrees.mean().item()
-        figures["agreement_by_digit"] = [
-            agrees[image_set.labels == digit].mean().item() for digit in range(NUM_CLASSES)
-        ]
+        by_digit = [agrees[image_set.labels == digit] for digit in range(NUM_CLASSES)]
+        figures["agreement_by_digit"] = [of_digit.mean().item() if len(of_digit) else None for of_digit in by_digit]
     return figures
 
 

@@ -65,7 +65,9 @@ def tabulate(figures: dict[str, Any]) -> list[Table]:
         )
         digits.append([row["title"], *map(str, row["digits"])])
         if "agreement" in row:
-            agreement.append([row["title"], *(f"{share:.3f}" for share in row["agreement_by_digit"])])
+            agreement.append(
+                [row["title"], *("" if share is None else f"{share:.3f}" for share in row["agreement_by_digit"])]
+            )
     one = figures["stage_one"]
     stage_one = [
         ["squared error", "PSNR", "SSIM", "perplexity", "codes used"],

@@ -1,7 +1,9 @@
 """The command line on a tiny fixture: what each command writes and prints, and how mistakes end."""
 
 import io
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cli
+from prior.sampling import GUIDANCE
 from vqvae.common import checkpoint, data, runs
 from vqvae.model import load_vqvae
 
@@ -62,7 +65,9 @@ def refuse(*arguments: object, saying: list[str]) -> None:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file by its name, but for the empty ones that runs are locked by."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def next_command(result: Result) -> list[str]:
@@ -382,11 +387,11 @@ def test_a_run_is_kept_unless_it_is_resumed_or_overwritten(tmp_path: Path, monke
 def test_help_answers_without_importing_torch() -> None:
     command = [sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name in ("train-vqvae", "train-prior", "sample", "reconstruct", "compare"):
+    for name in ("train-vqvae", "train-prior", "train-classifier", "sample", "reconstruct", "compare", "evaluate"):
         assert name in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
-    assert not {"torch", "torchvision", "numpy", "tensorboard"} & imported
+    assert not {"torch", "torchvision", "numpy", "tensorboard", "scipy", "matplotlib"} & imported
 
 
 def test_a_mistake_ends_a_process_with_status_1_and_one_sentence() -> None:
@@ -397,7 +402,9 @@ def test_a_mistake_ends_a_process_with_status_1_and_one_sentence() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["train-vqvae", "train-prior", "sample", "reconstruct", "compare"])
+@pytest.mark.parametrize(
+    "command", ["train-vqvae", "train-prior", "train-classifier", "sample", "reconstruct", "compare", "evaluate"]
+)
 def test_each_command_has_help_and_refuses_an_option_it_does_not_know(command: str) -> None:
     assert "--device" in succeed(command, "--help").stdout
     refuse(command, "--devise", "cpu", saying=["No such option", "--devise"])
@@ -420,6 +427,10 @@ def test_each_command_has_help_and_refuses_an_option_it_does_not_know(command: s
         ("train-prior --num-epochs 0", "num_epochs between 1 and"),
         ("train-prior --batch-size 0", "batch_size between 1 and"),
         ("train-prior --device tpu", "expected --device auto, cpu or cuda, found 'tpu'"),
+        ("train-classifier --lr 0", "lr between"),
+        ("train-classifier --num-epochs 0", "num_epochs between 1 and"),
+        ("train-classifier --batch-size 0", "batch_size between 1 and"),
+        ("train-classifier --device tpu", "expected --device auto, cpu or cuda, found 'tpu'"),
         ("sample", "--mode"),
         ("sample --mode vae", "expected --mode to be gaussian or pixelcnn, found 'vae'"),
         ("sample --mode gaussian --gaussian-input noise", "--gaussian-input to be latent or image, found 'noise'"),
@@ -451,17 +462,29 @@ def test_each_command_has_help_and_refuses_an_option_it_does_not_know(command: s
         ("compare --num-samples 0", "--num-samples to be a multiple of 10, found 0"),
         ("compare --num-samples 15", "--num-samples to be a multiple of 10, found 15"),
         ("compare --num-samples 300", "--num-samples"),  # the fixture has about 12 test images of a digit
+        ("evaluate --split train", "expected --split to be test or validation, found 'train'; type --split test"),
+        ("evaluate --num-samples many", "--num-samples"),
+        ("evaluate --device tpu", "expected --device auto, cpu or cuda, found 'tpu'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(command: str, text: str) -> None:
     arguments = shlex.split(command)
-    place = ["--output-folder", "new"] if "train" in command else ["--output", "keep.png"]
+    place = ["--output-folder", "new"] if arguments[0].startswith(("train", "eval")) else ["--output", "keep.png"]
     refuse(*arguments, *place, saying=[text])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 @pytest.mark.parametrize(
-    "command", ["train-vqvae", "train-prior", "sample --mode gaussian", "sample --mode pixelcnn", "reconstruct"]
+    "command",
+    [
+        "train-vqvae",
+        "train-prior",
+        "train-classifier",
+        "sample --mode gaussian",
+        "sample --mode pixelcnn",
+        "reconstruct",
+        "evaluate",
+    ],
 )
 def test_cuda_without_a_cuda_device_is_refused(command: str) -> None:
     refuse(*command.split(), "--device", "cuda", saying=["expected a CUDA device for --device cuda, found none"])
@@ -636,3 +659,140 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqvae.common.runs.find_vqvae", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("sample", "--mode", "gaussian")
+
+
+# The classifier, and what is measured with it
+
+CLASSIFIER = Path("eyes/classifier.safetensors")
+EVALUATE = ["evaluate", "--classifier", CLASSIFIER, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def classifier(trained: tuple[Result, Result]) -> Result:
+    """A classifier trained on the fixture, in a folder apart, so that it is no other test's default."""
+    options = ["--num-epochs", 2, "--batch-size", 40, "--output-folder", CLASSIFIER.parent, "--device", "cpu"]
+    return succeed("train-classifier", *options)
+
+
+def test_training_the_classifier_says_what_it_reached_and_what_to_type_next(classifier: Result) -> None:
+    *_, figures, written = classifier.stdout.splitlines()
+    assert re.fullmatch(r"test: \d+\.\d\d% right, cross-entropy \d+\.\d{4}", figures)
+    assert written == f"wrote {CLASSIFIER}; next: python cli.py evaluate --classifier {CLASSIFIER}"
+    names = {"classifier.safetensors", "classifier/metrics.jsonl", "classifier/resume.pt"}
+    assert names <= files_in(CLASSIFIER.parent).keys()
+    header = checkpoint.read_header(CLASSIFIER, "classifier")
+    assert [header.recipe[name] for name in ("num_epochs", "batch_size", "lr", "seed")] == [2, 40, 0.004, 0]
+
+
+def test_the_command_printed_after_training_the_classifier_measures_both_stages(
+    classifier: Result, tmp_path: Path
+) -> None:
+    options = ["--num-samples", 100, "--guidance", 2, "--seed", 3, "--output-folder", tmp_path / "new" / "folder"]
+    result = succeed(*next_command(classifier), *options, "--device", "cpu")
+    weights = {"vqvae": VQVAE, "prior": PRIOR, "classifier": CLASSIFIER}
+    assert f"weights: {VQVAE} (your run), {PRIOR} (your run) and {CLASSIFIER} (your run)\n" in result.stdout
+    written = files_in(tmp_path / "new" / "folder")
+    assert {"report.html", "metrics.json", "table.txt", "table.md", "real.png", "closest.png"} <= written.keys()
+    assert f"wrote {tmp_path / 'new' / 'folder' / 'report.html'}" in result.stdout.splitlines()[-1]
+    figures = json.loads(written["metrics.json"])
+    fingerprints = {stage: checkpoint.read_header(path, stage).fingerprint for stage, path in weights.items()}
+    assert figures["origin"] == {"split": "test", "num_samples": 100, "seed": 3, "guidance": 2.0, **fingerprints}
+    titles = [row["title"] for row in figures["rows"]]
+    assert len(titles) == 9
+    assert "pixelcnn, guidance 2" in titles
+    table = written["table.txt"].decode()
+    for title in ("Sets of images against training digits", "Likelihood", "Memorisation"):
+        head = f"{title} (classifier {fingerprints['classifier'][:12]})\n"
+        rows = result.stdout.partition(head)[2].partition("\n\n")[0]
+        assert len(rows.splitlines()) >= 4
+        assert f"{title}\n{rows}\n" in table  # what is printed is what is written
+
+
+def test_the_validation_split_is_measured_without_a_look_at_the_test_split(
+    classifier: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_to_load(*_: object) -> None:
+        raise LookupError("the test split was read")
+
+    monkeypatch.setattr("prior.evaluate.FEWEST", 20)  # the fixture has 40 validation digits
+    monkeypatch.setattr(data, "load_test", refuse_to_load)
+    place = ["--num-samples", 40, "--output-folder", tmp_path]
+    succeed(*EVALUATE, "--split", "validation", *place)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert (figures["origin"]["split"], figures["origin"]["guidance"]) == ("validation", GUIDANCE)
+    assert list(figures["likelihood"]) == ["train", "validation"]
+    with pytest.raises(LookupError):
+        run(*EVALUATE, *place)  # the default is test
+
+
+def test_the_classification_accuracy_score_is_measured_on_request(
+    classifier: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prior.evaluate.accuracy_after_training_on", lambda *_: 0.875)
+    result = succeed(*EVALUATE, "--cas", "--num-samples", 100, "--output-folder", tmp_path)
+    assert "Classification accuracy score" in result.stdout
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["classification_accuracy_score"] == {"samples": 0.875, "real": 0.875}
+
+
+def test_the_newest_classifier_is_the_default_and_the_message_says_so(
+    classifier: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("checkpoints/smoke", tmp_path / "checkpoints" / "smoke")
+    for name in ("old", "new"):
+        shutil.copytree(CLASSIFIER.parent, tmp_path / "checkpoints" / name)
+    options = ["--data-folder", Path("data").absolute(), "--num-samples", 1]
+    monkeypatch.chdir(tmp_path)
+    for newest in ("old", "new"):
+        for name in ("old", "new"):
+            moment = 2000 if name == newest else 1000
+            os.utime(f"checkpoints/{name}/classifier.safetensors", (moment, moment))
+        assert f"and checkpoints/{newest}/classifier.safetensors (your run)\n" in run("evaluate", *options).stdout
+
+
+def test_a_classifiers_run_is_kept_unless_it_is_resumed_or_overwritten(classifier: Result, tmp_path: Path) -> None:
+    shutil.copytree(CLASSIFIER.parent, tmp_path / "run")
+    command = ["train-classifier", "--output-folder", tmp_path / "run", "--batch-size", 40, "--device", "cpu"]
+    refuse(*command, saying=["expected no classifier run in", "--resume", "--overwrite"])
+    resumed = succeed(*command, "--num-epochs", 3, "--resume").stdout
+    assert "epoch 3:" in resumed
+    assert "epoch 2:" not in resumed
+    refuse("train-classifier", "--output-folder", "nothing", "--resume", saying=["expected a run to resume at"])
+
+
+@pytest.mark.parametrize("num_samples", [0, 99, 121])
+def test_too_few_samples_or_more_than_test_digits_are_refused(classifier: Result, num_samples: int) -> None:
+    text = f"--num-samples between 100 and 120, the number of digits to compare with, found {num_samples}"
+    refuse(*EVALUATE, "--num-samples", num_samples, saying=[text, "type --num-samples 120"])
+
+
+def test_a_guidance_out_of_its_range_is_refused(classifier: Result) -> None:
+    text = "--guidance between 0 and 100, found -1"
+    refuse(*EVALUATE, "--num-samples", 100, "--guidance", -1, saying=[text])
+
+
+def test_without_a_classifier_the_message_names_the_command_that_makes_one() -> None:
+    for options in ([], ["--classifier", "nowhere"]):
+        where = options[-1] if options else Path("shipped/classifier.safetensors").absolute()
+        text = f"expected a classifier checkpoint at {where}, found none"
+        refuse("evaluate", "--num-samples", 100, *options, saying=[text, "python cli.py train-classifier"])
+
+
+def test_a_checkpoint_of_another_stage_is_refused_as_a_classifier_and_a_classifier_as_another(
+    classifier: Result,
+) -> None:
+    text = f"expected a classifier checkpoint at {VQVAE}, found one of stage 'vqvae'"
+    refuse("evaluate", "--classifier", VQVAE, saying=[text])
+    text = f"expected a vqvae checkpoint at {CLASSIFIER}, found one of stage 'classifier'"
+    refuse("sample", "--mode", "gaussian", "--vqvae", CLASSIFIER, "--output", "keep.png", saying=[text])
+
+
+def test_a_report_or_a_run_that_cannot_be_written_is_refused(classifier: Result) -> None:
+    refuse(*EVALUATE, "--num-samples", 100, "--output-folder", "keep.png/e", saying=["expected to write", "keep.png/e"])
+    refuse("train-classifier", "--output-folder", "keep.png", saying=["expected to write to keep.png"])
+
+
+def test_missing_data_is_named_by_the_classifiers_commands_too(classifier: Result, tmp_path: Path) -> None:
+    options = ["--data-folder", tmp_path / "nothing", "--no-download", "--output-folder", tmp_path / "new"]
+    for command in (["train-classifier"], EVALUATE):
+        refuse(*command, *options, saying=[*MNIST_FILES, str(tmp_path / "nothing" / "MNIST" / "raw"), "--data-folder"])

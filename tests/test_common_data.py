@@ -25,6 +25,7 @@ from vqvae.common.data import (
     load_test,
     load_train_and_validation,
     read_fallback_archive,
+    to_bytes,
     to_model_range,
     to_unit_range,
 )
@@ -96,6 +97,19 @@ def test_the_model_sees_minus_one_to_one_and_people_zero_to_one() -> None:
     np.testing.assert_allclose(to_unit_range(x).numpy(), np.arange(256) / 255, atol=1e-6)
     assert torch.equal((to_unit_range(x) * 255).round().to(torch.uint8), values)
     assert to_unit_range(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
+
+
+def test_bytes_come_back_from_the_models_range_as_they_were() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    found = to_bytes(to_unit_range(to_model_range(values)))
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, values)
+
+
+def test_what_lies_between_two_bytes_goes_to_the_nearest() -> None:
+    between = torch.arange(255).double()[:, None] + torch.tensor([0.0, 0.4, 0.49, 0.51, 0.6])
+    expected = torch.arange(255)[:, None] + torch.tensor([0, 0, 0, 1, 1])
+    assert torch.equal(to_bytes((between / 255).float()), expected.to(torch.uint8))
 
 
 def test_a_digest_knows_every_pixel_and_every_label(fixture_folder: Path) -> None:
@@ -235,7 +249,7 @@ def test_an_archive_with_another_hash_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "mnist.pkl.gz"
     path.write_bytes(gzip.compress(pickle.dumps(Payload(mark))))
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=f"with SHA-256 {data.FALLBACK_SHA256}, found {sha}; put the four MNIST files"):
+    with pytest.raises(UserError, match=f"at {path} with SHA-256 {data.FALLBACK_SHA256}, found {sha}; put the"):
         read_fallback_archive(path)
     assert not mark.exists()
 
@@ -245,7 +259,7 @@ def test_an_archive_that_asks_for_anything_but_arrays_is_refused(
 ) -> None:
     mark = tmp_path / "mark"
     path = write_archive(tmp_path / "a.gz", gzip.compress(pickle.dumps(Payload(mark), protocol=2)), monkeypatch)
-    with pytest.raises(UserError, match=r"expected a pickle of arrays, found one that asks for .*; not loaded"):
+    with pytest.raises(UserError, match=r"expected .*mnist.pkl.gz .* at .*a.gz, found .*it asks for .*; not loaded"):
         read_fallback_archive(path)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Payload(mark)))  # the payload is no dud
@@ -265,7 +279,7 @@ def test_an_archive_that_asks_for_anything_but_arrays_is_refused(
     ],
 )
 def test_no_name_but_the_three_of_an_array_is_looked_up(opcodes: bytes, asked: str) -> None:
-    with pytest.raises(UserError, match=f"asks for {asked}; not loaded"):
+    with pytest.raises(pickle.UnpicklingError, match=f"asks for {asked}; not loaded"):
         ArrayUnpickler(io.BytesIO(b"\x80\x02" + opcodes), encoding="bytes").load()
 
 

@@ -1,5 +1,6 @@
 import io
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,61 @@ def test_a_process_that_is_killed_in_a_write_leaves_the_old_file(tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, check=False)
     assert done.returncode == 9
     assert path.read_bytes() == OLD
+
+
+def test_what_was_written_is_flushed_before_it_is_renamed_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync = tmp_path / "file.bin", os.fsync
+    path.write_bytes(OLD)
+    seen = []
+
+    def flush(descriptor: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        seen.append((kind, os.fstat(descriptor).st_ino, path.read_bytes() == NEW))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    write_atomically(path, NEW)
+    assert seen == [("file", path.stat().st_ino, False), ("folder", tmp_path.stat().st_ino, True)]
+
+
+def run_in_process(program: str, path: Path) -> str:
+    """What `write_atomically(path, NEW)` ends in, in a process where something else is done first."""
+    end = (
+        "\ntry: write_atomically(Path(sys.argv[1]), b'n' * 100_000)\nexcept UserError as error: print(error)\n"
+        "else: print('written')"
+    )
+    start = (
+        "import os, resource, sys; from pathlib import Path; from vqvae.common.errors import UserError; "
+        "from vqvae.common.files import write_atomically; "
+    )
+    command = [sys.executable, "-c", start + program + end, str(path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_a_file_that_may_grow_no_further_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """The operating system itself breaks the write off in its middle, as at a full disk or a spent quota."""
+    path = tmp_path / "file.bin"
+    path.write_bytes(OLD)
+    told = run_in_process("resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))", path)
+    assert told == f"expected to write {path}: File too large; name a place that can be written"
+    assert path.read_bytes() == OLD
+    assert left_in(tmp_path) == ["file.bin"]
+
+
+def test_a_folder_that_may_not_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(OLD)
+    tmp_path.chmod(0o555)
+    try:
+        told = run_in_process("os.getuid() or os.setuid(65534)", path)  # root may write anywhere
+    finally:
+        tmp_path.chmod(0o755)
+    assert told == f"expected to write {path}: Permission denied; name a place that can be written"
+    assert path.read_bytes() == OLD
+    assert left_in(tmp_path) == ["file.bin"]
 
 
 def test_a_place_that_is_no_folder_is_told_in_a_sentence(tmp_path: Path) -> None:

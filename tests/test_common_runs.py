@@ -7,7 +7,7 @@ from torch import nn
 
 from vqvae.common import checkpoint, runs
 from vqvae.common.errors import UserError
-from vqvae.common.runs import claimed, describe, find_pair, find_vqvae, weights_file
+from vqvae.common.runs import claimed, describe, find_classifier, find_pair, find_vqvae, weights_file
 
 
 @pytest.fixture
@@ -86,6 +86,18 @@ def test_a_named_vqvae_goes_before_the_newest_and_the_newest_before_the_shipped(
     newer = write("newer", "vqvae", age_s=10)
     assert find_vqvae(None).resolve() == newer.resolve()
     assert find_vqvae(Path("elsewhere/vqvae.safetensors")) == Path("elsewhere/vqvae.safetensors")
+
+
+def test_a_named_classifier_goes_before_the_newest_and_the_newest_before_the_shipped(workplace: Path) -> None:
+    shipped = weights_file(runs.SHIPPED, "classifier")
+    assert find_classifier(None) == shipped  # whether it is there, its reader says
+    write("pretrained", "classifier", age_s=0)
+    write("mine", "vqvae", age_s=0)
+    assert find_classifier(None).resolve() == shipped.resolve()
+    write("older", "classifier", age_s=20)
+    newer = write("newer", "classifier", age_s=10)
+    assert find_classifier(None).resolve() == newer.resolve()
+    assert find_classifier(Path("elsewhere/classifier.safetensors")) == Path("elsewhere/classifier.safetensors")
 
 
 def test_the_newest_prior_comes_with_the_vqvae_that_it_was_trained_on(workplace: Path) -> None:

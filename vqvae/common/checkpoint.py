@@ -3,26 +3,41 @@
 A checkpoint is one safetensors file: the weights, and a JSON header with everything needed to rebuild
 the network and to know it again. The fingerprint is a SHA-256 of the configuration and every tensor; a
 prior records the fingerprint of the VQ-VAE whose codes it learned. What only resuming needs is a file
-apart, read with `weights_only=True`. No file that is read here can run code.
+apart, read with `weights_only=True`. No file that is read here can run code, and of each file every bit
+is bound: the weights by the fingerprint, the header and the resume state by a checksum of their own.
 """
 
 import hashlib
 import io
 import json
+import os
+import pickle
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from vqvae.common.errors import UserError
-from vqvae.common.files import write_atomically
+from vqvae.common.files import reading, write_atomically
 
 FORMAT_VERSION = 1
+STORED_AS = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}  # safetensors' names of what models have
+HEADER_TYPES = {
+    "stage": str,
+    "config": dict,
+    "recipe": dict,
+    "metrics": dict,
+    "fingerprint": str,
+    "vqvae_fingerprint": str | None,
+}
+CHECKSUM_LENGTH = 64  # of a SHA-256 in hexadecimal, which ends a resume state
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -59,7 +74,9 @@ def save(
         fingerprint=fingerprint(config, tensors),
         vqvae_fingerprint=vqvae_fingerprint,
     )
-    write_atomically(path, to_safetensors(tensors, metadata={"header": json.dumps(asdict(header))}))
+    fields = asdict(header)
+    text = json.dumps({**fields, "checksum": _checksum(fields)})
+    write_atomically(path, to_safetensors(tensors, metadata={"header": text}))
     return header
 
 
@@ -80,30 +97,20 @@ def read_header(path: Path, stage: str) -> Header:
         UserError: nothing there, not a checkpoint, one cut short, or one of another stage or format.
     """
     command = f"python cli.py train-{stage}"
-    if not path.is_file():
-        raise UserError(f"expected a {stage} checkpoint at {path}, found none; create it with: {command}")
-    try:
+    with reading(path, f"a {stage} checkpoint", f"create one with: {command}"):
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        header = Header(**json.loads(metadata["header"]))
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"expected a {stage} checkpoint at {path}, found a file that is cut short, damaged or of another kind "
-            f"({error}); create it anew with: {command}"
-        ) from None
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"expected a {stage} checkpoint at {path}, found a safetensors file without this project's header; "
-            f"create one with: {command}"
-        ) from None
-    if header.format_version != FORMAT_VERSION:
-        raise UserError(
-            f"expected format version {FORMAT_VERSION} in {path}, found {header.format_version}; "
-            f"train it anew with: {command}"
-        )
+            fields = json.loads((file.metadata() or {})["header"])
+        version = fields["format_version"]
+        if type(version) is not int:
+            raise TypeError("its header has no format version")
+        if version != FORMAT_VERSION:  # before the rest, which may differ there
+            raise UserError(
+                f"expected format version {FORMAT_VERSION} in {path}, found {version}; train it anew with: {command}"
+            )
+        header = _to_header(fields)
     if header.stage != stage:
         raise UserError(
-            f"expected a {stage} checkpoint at {path}, found one of stage {header.stage!r}; name another file"
+            f"expected a {stage} checkpoint at {path}, found one of stage {header.stage[:20]!r}; name another file"
         )
     return header
 
@@ -115,21 +122,30 @@ def load(path: Path, header: Header, build: Callable[[], Model]) -> Model:
     it, so that a damaged header is found before anything large is made.
 
     Raises:
-        UserError: weights that don't fit the header's configuration or fingerprint.
+        UserError: a configuration that no network has, weights that don't fit it or the fingerprint, or
+            weights that are not finite.
     """
-    with torch.device("meta"):
-        model = build()
-    expected = {name: (str(t.dtype), list(t.shape)) for name, t in model.state_dict().items()}
-    with safe_open(path, framework="pt") as file:
-        tensors = {}
-        for name in file.keys():
-            tensors[name] = file.get_tensor(name)
-    found = {name: (str(t.dtype), list(t.shape)) for name, t in tensors.items()}
+    remedy = f"create it anew with: python cli.py train-{header.stage}"
+    try:
+        with torch.device("meta"):
+            model = build()
+    except UserError as error:
+        raise UserError(f"expected a network's configuration in the header of {path}: {error}") from None
+    expected = {name: (STORED_AS[t.dtype], list(t.shape)) for name, t in model.state_dict().items()}
+    tensors = {}
+    with reading(path, f"a {header.stage} checkpoint", remedy), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        if found == expected:
+            # Copies, because safetensors maps the file: what is written to it later would change the weights.
+            tensors = {name: file.get_tensor(name).clone() for name in found}
     if found != expected or fingerprint(header.config, tensors) != header.fingerprint:
         raise UserError(
-            f"expected weights in {path} that match their header, found others; the file is damaged, "
-            f"create it anew with: python cli.py train-{header.stage}"
+            f"expected weights in {path} that match their header, found others; the file is damaged, {remedy}"
         )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"expected finite weights in {path}, found {name} with values that are not; {remedy}")
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -138,7 +154,8 @@ def save_resume_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write what only resuming needs (weights of the moment, optimiser, counters), whole or not at all."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_atomically(path, buffer.getvalue())
+    checksum = hashlib.sha256(buffer.getvalue()).hexdigest()
+    write_atomically(path, buffer.getvalue() + checksum.encode())  # readers of zip files skip what follows the end
 
 
 def load_resume_state(path: Path) -> dict[str, Any]:
@@ -147,12 +164,52 @@ def load_resume_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: nothing there, or a file that is damaged or holds more than plain data and tensors.
     """
-    if not path.is_file():
-        raise UserError(f"expected a run to resume at {path}, found none; start one without --resume")
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # the reader raises many kinds; each of them means the same here
-        raise UserError(
-            f"expected resume state at {path}, found a file that is damaged or not plain data "
-            f"({type(error).__name__}); start anew with --overwrite instead of --resume"
-        ) from None
+    remedy = "start anew without --resume, with --overwrite where there is a run already"
+    with reading(path, "a run to resume", remedy) as file, warnings.catch_warnings():
+        _require_checksum(file)
+        _require_unpacked(file)
+        warnings.simplefilter("ignore")  # of torch, about files that it would rather not read
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # whose text tells how to load what should not be loaded
+            raise ValueError("it holds more than plain data and tensors") from None
+        if type(state) is not dict:
+            raise TypeError(f"it holds a {type(state).__name__} and no dictionary")
+    return state
+
+
+def _to_header(fields: dict[str, Any]) -> Header:
+    """The header of its JSON fields; raises what `reading` expects where one of them is not what was written."""
+    checksum = fields.pop("checksum", None)  # weights of before there was one have none
+    if checksum is not None and checksum != _checksum(fields):
+        raise ValueError("its header is not the one that was written")
+    header = Header(**fields)
+    for name, kind in HEADER_TYPES.items():
+        if not isinstance(getattr(header, name), kind):
+            raise TypeError(f"{name} of its header is of type {type(getattr(header, name)).__name__}")
+    return header
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def _require_checksum(file: BinaryIO) -> None:
+    """Hold a file against the checksum that it ends with, and go back to its start."""
+    left = file.seek(0, os.SEEK_END) - CHECKSUM_LENGTH
+    file.seek(0)
+    sha = hashlib.sha256()
+    while left > 0 and (chunk := file.read(min(left, 2**20))):
+        sha.update(chunk)
+        left -= len(chunk)
+    if file.read() != sha.hexdigest().encode():
+        raise ValueError("its checksum is not that of its content")
+    file.seek(0)
+
+
+def _require_unpacked(file: BinaryIO) -> None:
+    """Refuse a torch file with packed entries, which could swell past any memory; torch packs none."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it has packed entries")
+    file.seek(0)

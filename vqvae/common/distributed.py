@@ -46,6 +46,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def require_alone(what: str) -> None:
+    """
+    Raises:
+        UserError: there are several processes.
+    """
+    if world_size() > 1:
+        raise UserError(f"expected one process for {what}, found {world_size()}; type python instead of torchrun")
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """The main process goes through the block alone, the others after it: what it leaves on disk, they find."""
