@@ -515,11 +515,11 @@ def test_a_recipe_with_a_mistake_is_refused_with_what_is_wrong(recipe: str, text
 
 def test_a_recipe_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
     for command in ("train-vqvae", "train-prior"):
-        refuse(command, "--config", "nowhere.toml", saying=["expected a recipe at nowhere.toml"])
-        refuse(command, "--config", "data", saying=["expected a recipe at data"])
+        refuse(command, "--config", "nowhere.toml", saying=["expected a TOML recipe at nowhere.toml"])
+        refuse(command, "--config", "data", saying=["expected a TOML recipe at data"])
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    refuse("train-vqvae", "--config", path, saying=["not TOML"])
+    refuse("train-vqvae", "--config", path, saying=["expected a TOML recipe at", "of another kind"])
 
 
 @pytest.mark.parametrize(
@@ -564,12 +564,12 @@ def bad_checkpoint(kind: str, good: Path, other_stage: Path, path: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("missing", "found none; create it with: python cli.py train-"),
+        ("missing", "found none; create one with: python cli.py train-"),
         ("cut short", "cut short, damaged or of another kind"),
         ("cut in the header", "cut short, damaged or of another kind"),
         ("empty", "cut short, damaged or of another kind"),
         ("random bytes", "cut short, damaged or of another kind"),
-        ("without header", "without this project's header"),
+        ("without header", "of another kind (KeyError: "),
         ("changed weights", "the file is damaged"),
         ("other stage", "found one of stage"),
     ],

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from vqvae.common.errors import UserError
 from vqvae.common.files import read_at_most, reading, write_atomically
@@ -116,9 +117,12 @@ def _load(folder: Path, train: bool, download: bool) -> Split:
             raise UserError(_missing(raw, "--no-download was given"))
         _fetch(folder, raw)
     sums = _read_sums(raw / "MD5SUMS")
-    arrays = {name: _read_idx(raw / name, sums.get(name)) for name in MNIST_MD5}  # a bad test set is told at the start
+    for name in MNIST_MD5:  # all four, so that a bad test set is told at the start
+        _check(raw / name, sums.get(name))
     part = "train" if train else "t10k"
-    return _pair(raw, arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"])
+    # torchvision's readers and not its dataset, which would load pickles that an old version may have left there.
+    images = read_image_file(str(raw / f"{part}-images-idx3-ubyte"))
+    return _pair(raw, images, read_label_file(str(raw / f"{part}-labels-idx1-ubyte")))
 
 
 def _is_there(path: Path) -> bool:
@@ -148,8 +152,9 @@ def _read_sums(path: Path) -> dict[str, str]:
         return sums
 
 
-def _read_idx(path: Path, md5: str | None) -> np.ndarray:
-    """The bytes of an IDX file in the shape that its header gives (http://yann.lecun.com/exdb/mnist/, at the end)."""
+def _check(path: Path, md5: str | None) -> None:
+    """Hold an IDX file (http://yann.lecun.com/exdb/mnist/, at the end) against its sum, and its header against its
+    length, before torchvision reads it."""
     remedy = "delete it and run again to fetch it anew"
     num_axes = 3 if "idx3" in path.name else 1
     with reading(path, "an IDX file", remedy) as file:
@@ -161,19 +166,18 @@ def _read_idx(path: Path, md5: str | None) -> np.ndarray:
         start = 4 * (1 + num_axes)
         if magic != IDX_MAGIC + num_axes or len(content) != start + math.prod(shape):
             raise ValueError("its header does not fit its length")
-        return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
-def _pair(raw: Path, images: np.ndarray, labels: np.ndarray) -> Split:
+def _pair(raw: Path, images: Tensor, labels: Tensor) -> Split:
     """Images and labels, held against each other."""
     whole = images.shape == (len(labels), IMAGE_SIDE, IMAGE_SIDE) and len(labels) >= VALIDATION_FRACTION
     if not whole or labels.max() >= NUM_CLASSES:
         raise UserError(
             f"expected in {raw} images of {IMAGE_SIDE}x{IMAGE_SIDE}, at least {VALIDATION_FRACTION}, and for each a "
-            f"label from 0 to {NUM_CLASSES - 1}, found images of shape {images.shape} and {len(labels)} labels; "
+            f"label from 0 to {NUM_CLASSES - 1}, found images of shape {tuple(images.shape)} and {len(labels)} labels; "
             f"delete the files and run again to fetch them anew"
         )
-    return Split(torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)))
+    return Split(images.unsqueeze(1), labels)
 
 
 def _fetch(folder: Path, raw: Path) -> None:
