@@ -39,7 +39,7 @@ class IncrementalLogits:
             h = layer.horizontal(h, j)
         features = self.v[:, j] + h
         for module in self.prior.head:
-            features = _product(features, *_matrix(module)) if isinstance(module, nn.Conv2d) else module(features)
+            features = product(features, *_matrix(module)) if isinstance(module, nn.Conv2d) else module(features)
         return features
 
     def _vertical_stack(self, indices: Tensor, i: int) -> Tensor:
@@ -71,26 +71,26 @@ class _LayerState:
         row = F.pad(v, (0, 0, 1, 1))
         windows = torch.cat([r[:, k : k + width] for r in (self.row_above, row) for k in range(3)], dim=2)
         self.row_above = row
-        features = _product(windows, self.v_weight, layer.vertical.bias)
-        linked = _product(features, *_matrix(layer.vertical_to_horizontal))
+        features = product(windows, self.v_weight, layer.vertical.bias)
+        linked = product(features, *_matrix(layer.vertical_to_horizontal))
         # Position first, so that a position's share of it lies together; all that is known before h is added here.
         known = self.h_label + layer.horizontal.bias
         self.towards_h = rearrange(linked + known[:, None], "b w c -> w b c").contiguous()
         self.left = v.new_zeros(len(v), v.shape[2])
-        return v + _product(gate(features + self.v_label[:, None], dim=2), *_matrix(layer.vertical_out))
+        return v + product(gate(features + self.v_label[:, None], dim=2), *_matrix(layer.vertical_out))
 
     def horizontal(self, h: Tensor, j: int) -> Tensor:
         """Column j of the horizontal stack in that row, (B, C) to (B, C)."""
         pair = torch.cat([self.left, h], dim=1)
         self.left = h
-        features = self.towards_h[j] + _product(pair, self.h_weight)
-        return h + _product(gate(features), *_matrix(self.layer.horizontal_out))
+        features = self.towards_h[j] + product(pair, self.h_weight)
+        return h + product(gate(features), *_matrix(self.layer.horizontal_out))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, by oneDNN where that is the faster: on processors with AVX-512 that are not Intel's, torch's own way
-    to a product, MKL, uses half of it."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= FEWEST_PRODUCTS:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, by oneDNN where that is faster: MKL, torch's way to a product, is half as fast on AMD's AVX-512."""
+    there = torch.backends.mkldnn.is_available() and x.device.type == "cpu" and x.dtype == torch.float32
+    if there and x.numel() * len(weight) >= FEWEST_PRODUCTS:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

@@ -493,14 +493,17 @@ def test_a_damaged_recipe_is_refused_or_says_what_may_be_said(tmp_path: Path, va
         path.write_bytes(content)
         read_recipes(valid, path)
 
-    lines = RECIPE.splitlines(keepends=True)
-    shuffled = st.permutations(lines).map(b"".join)
-    assigned = st.tuples(st.integers(0, len(lines) - 1), st.sampled_from(ODD_TOML)).map(
-        lambda change: b"".join(
-            line.split(b"=")[0] + b"= " + change[1] + b"\n" if i == change[0] else line for i, line in enumerate(lines)
-        )
-    )
-    throw("recipe", st.one_of(valid.damaged("recipe"), shuffled, assigned), read)
+    shuffled = st.permutations(RECIPE.splitlines(keepends=True)).map(b"".join)
+    throw("recipe", st.one_of(valid.damaged("recipe"), valid.damaged("recipe"), shuffled), read)
+
+
+def test_no_setting_takes_an_odd_value(tmp_path: Path, valid: Valid) -> None:
+    path = tmp_path / "recipe.toml"
+    for line in RECIPE.splitlines():
+        for value in ODD_TOML:
+            path.write_bytes(RECIPE.replace(line, line.split(b"=")[0] + b"= " + value))
+            with time_limit():
+                read_recipes(valid, path)
 
 
 ODD_TOML = [
@@ -867,6 +870,50 @@ def test_data_that_lies_is_refused_or_read_as_it_is(raw: Path) -> None:
         (raw / name.decode()).write_bytes(whole[name.decode()])
 
     throw("data, lying", files, read)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 28, 28), (12, 28, 0), (0, 2**32 - 1, 2**32 - 1)])
+def test_data_without_any_is_refused(raw: Path, shape: tuple[int, ...]) -> None:
+    name = "t10k-images-idx3-ubyte" if len(shape) == 3 else "t10k-labels-idx1-ubyte"
+    (raw / name).write_bytes(struct.pack(f">{1 + len(shape)}I", 0x0800 + len(shape), *shape))
+    seal_data(raw)
+    assert not read_data(raw, lambda _: False)
+
+
+@pytest.mark.parametrize("part", ["train", "t10k"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("floats", "its header does not fit"),
+        ("one axis less", "its header does not fit"),
+        ("a byte more", "its header does not fit"),
+        ("a byte less", "its header does not fit"),
+        ("eleven", "at least 12, .* found images of shape .*11"),
+        ("not square", "images of 28x28, .* found images of shape .*14, 56"),
+        ("a label of ten", "a label from 0 to 9"),
+    ],
+)
+def test_data_of_another_shape_is_refused(raw: Path, part: str, change: str, says: str) -> None:
+    images, labels = make_split(12, 0)
+    pixels, digits = images[:, 0].numpy(), labels.numpy()
+    if change == "eleven":
+        pixels, digits = pixels[:11], digits[:11]
+    elif change == "not square":
+        pixels = pixels.reshape(12, 14, 56)
+    elif change == "a label of ten":
+        digits[3] = 10
+    content = {
+        "floats": b"\0\0\x0d" + idx(pixels)[3:],
+        "one axis less": b"\0\0\x08\x02" + idx(pixels)[4:],
+        "a byte more": idx(pixels) + b"\0",
+        "a byte less": idx(pixels)[:-1],
+    }.get(change, idx(pixels))
+    (raw / f"{part}-images-idx3-ubyte").write_bytes(content)
+    (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(digits))
+    seal_data(raw)
+    with pytest.raises(UserError, match=says) as error:
+        (load_train_and_validation if part == "train" else load_test)(raw.parents[1], download=False)
+    assert_sentence(str(error.value), raw)
 
 
 def test_other_files_of_the_folder_in_the_place_of_one_are_refused(raw: Path) -> None:

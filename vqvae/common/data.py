@@ -164,8 +164,8 @@ def _check(path: Path, md5: str | None) -> None:
             raise UserError(f"{path} is damaged: expected MD5 {md5}, found {found}; {remedy}")
         magic, *shape = struct.unpack_from(f">{1 + num_axes}I", content)
         start = 4 * (1 + num_axes)
-        if magic != IDX_MAGIC + num_axes or len(content) != start + math.prod(shape):
-            raise ValueError("its header does not fit its length")
+        if magic != IDX_MAGIC + num_axes or 0 in shape or len(content) != start + math.prod(shape):
+            raise ValueError("its header does not fit its length, or it is empty")
 
 
 def _pair(raw: Path, images: Tensor, labels: Tensor) -> Split:
