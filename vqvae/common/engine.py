@@ -226,10 +226,10 @@ def fit(
         losses = loss_fn(*(tensor[mine] for tensor in batch))
         optimizer.zero_grad()
         next(iter(losses.values())).backward()
-        num = mine.stop - mine.start
-        sum_gradients(model, num / len(rows))
+        num_mine = mine.stop - mine.start
+        sum_gradients(model, num_mine / len(rows))
         optimizer.step()
-        return losses, num
+        return losses, num_mine
 
     def catch_up(step: int) -> dict[str, float]:
         """The losses of the last of `step` steps, all read and found finite."""
@@ -260,10 +260,8 @@ def fit(
         saved_step, saved_s = step, time.monotonic()
 
     def diverged(what: str) -> UserError:
-        return UserError(
-            f"expected finite {what}; the last good save, of step {saved_step}, is {resume_file}; start anew with a "
-            f"smaller --lr"
-        )
+        saved = f"the last good save, of step {saved_step}, is {resume_file}" if saved_step else "nothing is saved yet"
+        return UserError(f"expected finite {what}; {saved}; start anew with a smaller --lr")
 
     with log, bar, listening() as request:
         for epoch in range(first_step // steps, training.num_epochs):
