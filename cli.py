@@ -90,8 +90,8 @@ def train_vqvae(
         "lr": lr,
         "beta": beta,
     }
-    model_config, training = resolve((VQVAEConfig, VQVAETraining), read_recipe(config, "vqvae"), flags)
-    folder = output_folder or Path("checkpoints") / config.stem
+    model_config, training = resolve((VQVAEConfig, VQVAETraining), read_recipe(config, "vqvae"), flags, config)
+    folder = output_folder or _folder_named_after(config)
     chosen_device = pick_device(device)
     with claimed(folder, "vqvae", resume, overwrite):
         figures = train(
@@ -142,11 +142,11 @@ def train_prior(
     from vqvae.common.runs import SHIPPED, claimed, describe, find_vqvae, weights_file
 
     flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
-    model_config, training = resolve((PriorConfig, PriorTraining), read_recipe(config, "prior"), flags)
+    model_config, training = resolve((PriorConfig, PriorTraining), read_recipe(config, "prior"), flags, config)
     chosen_device = pick_device(device)
     vqvae_file = find_vqvae(vqvae)
     shipped = vqvae_file.resolve().parent == SHIPPED.resolve()
-    folder = output_folder or (Path("checkpoints") / config.stem if shipped else vqvae_file.parent)
+    folder = output_folder or (_folder_named_after(config) if shipped else vqvae_file.parent)
     print(f"VQ-VAE: {describe(vqvae_file)}")
     with claimed(folder, "prior", resume, overwrite):
         figures = train(
@@ -484,6 +484,12 @@ def _write_arrays(output: Path, arrays: Mapping[str, Any]) -> None:
 
     write_arrays(output, {name: np.asarray(values) for name, values in arrays.items() if values is not None})
     print(f"wrote {output}")
+
+
+def _folder_named_after(recipe: Path) -> Path:
+    if recipe.stem in (".", ".."):
+        raise UserError(f"expected a recipe's name to name a folder, found {recipe}; type --output-folder too")
+    return Path("checkpoints") / recipe.stem
 
 
 def _relative(path: Path) -> Path:

@@ -477,6 +477,12 @@ def test_resuming_under_another_setting_is_told_in_a_sentence(tmp_path: Path) ->
     attempt(tmp_path, settings={"k": 8, "num_epochs": 2}, resume=True)  # more epochs are what resuming is for
 
 
+def test_the_state_of_another_network_is_told_in_a_sentence(tmp_path: Path) -> None:
+    attempt(tmp_path)
+    with pytest.raises(UserError, match=r"expected this run's state in .*resume.pt, found another's; start anew with"):
+        attempt(tmp_path, nn.Linear(1, 2), resume=True)
+
+
 def test_resume_state_of_something_else_is_told_in_a_sentence(tmp_path: Path) -> None:
     save_resume_state(tmp_path / "resume.pt", {"weights": torch.zeros(3)})
     with pytest.raises(UserError, match=r"resume.pt.*--overwrite"):

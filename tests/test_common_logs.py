@@ -78,3 +78,10 @@ def test_pictures_and_the_graph_are_for_tensorboard(tmp_path: Path) -> None:
     assert [(event.step, event.width, event.height) for event in events.Images("samples")] == [(1, 6, 4), (2, 6, 4)]
     assert any("Linear" in node.name for node in events.Graph().node)
     assert rows(tmp_path) == []
+
+
+def test_going_on_drops_lines_that_are_damaged(tmp_path: Path) -> None:
+    whole = b'{"step": 1, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + b'{"step": 2, "lo\n\xff\xfe\n[1]\n{"loss": 1}\n')
+    write(tmp_path, 5, [6])
+    assert [row["step"] for row in rows(tmp_path)] == [1, 6]

@@ -144,3 +144,32 @@ def test_a_path_is_described_from_here_and_by_its_owner(workplace: Path) -> None
     )
     outside = workplace.parent / "other" / "vqvae.safetensors"
     assert describe(outside) == f"{outside.resolve()} (your run)"
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away_and_nothing_else(workplace: Path) -> None:
+    folder = Path("checkpoints/mine")
+    (folder / "vqvae").mkdir(parents=True)
+    left = [folder / ".vqvae.safetensors.x1.partial", folder / "vqvae" / ".resume.pt.x2.partial"]
+    kept = [folder / ".prior.safetensors.x3.partial", folder / "vqvae" / "metrics.jsonl"]  # the first is being written
+    for path in [*left, *kept]:
+        path.write_bytes(b"")
+    with claimed(folder, "vqvae", resume=False, overwrite=False):
+        assert [path.exists() for path in [*left, *kept]] == [False, False, True, True]
+
+
+def test_a_folder_is_free_again_when_its_run_is_over_and_not_before(workplace: Path) -> None:
+    folder = Path("checkpoints/mine")
+    with claimed(folder, "vqvae", resume=False, overwrite=False):
+        with pytest.raises(UserError, match="expected nobody else at work in checkpoints/mine, found a vqvae run"):
+            with claimed(folder, "vqvae", resume=False, overwrite=True):
+                pass
+        with claimed(folder, "prior", resume=False, overwrite=False):
+            pass
+    with claimed(folder, "vqvae", resume=False, overwrite=False):
+        pass
+
+
+def test_an_output_folder_whose_name_is_too_long_is_told_in_a_sentence(workplace: Path) -> None:
+    with pytest.raises(UserError, match=r"expected to write to .*; name another --output-folder"):
+        with claimed(Path("x" * 300), "vqvae", resume=False, overwrite=False):
+            pass

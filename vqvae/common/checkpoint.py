@@ -180,8 +180,7 @@ def load_resume_state(path: Path) -> dict[str, Any]:
 
 def _to_header(fields: dict[str, Any]) -> Header:
     """The header of its JSON fields; raises what `reading` expects where one of them is not what was written."""
-    checksum = fields.pop("checksum", None)  # a header written by hand may be without
-    if checksum is not None and checksum != _checksum(fields):
+    if fields.pop("checksum") != _checksum(fields):
         raise ValueError("its header is not the one that was written")
     header = Header(**fields)
     for name, kind in HEADER_TYPES.items():

@@ -201,8 +201,13 @@ def fit(
         if not {"model", "optimizer", "step", "means", "best", "settings"} <= state.keys():
             raise UserError(f"expected resume state in {resume_file}, found other data; start anew with --overwrite")
         _require_same(state["settings"], settings)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            raise UserError(
+                f"expected this run's state in {resume_file}, found another's; start anew with --overwrite"
+            ) from None
         first_step, best = state["step"], state["best"]
         means = Means(state["means"] if is_main() else None)
     num = len(data[0])

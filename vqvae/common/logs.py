@@ -1,6 +1,7 @@
 """What a run writes for people to follow it: TensorBoard's events and `metrics.jsonl`."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Self
@@ -27,9 +28,9 @@ class RunLog:
         self.jsonl = folder / "metrics.jsonl"
         kept = ""
         if first_step > 0 and self.jsonl.exists():
-            lines = self.jsonl.read_text().splitlines(keepends=True)
+            lines = self.jsonl.read_text(errors="replace").splitlines(keepends=True)
             whole = (line for line in lines if line.endswith("\n"))  # the last may have been cut off
-            kept = "".join(line for line in whole if json.loads(line)["step"] <= first_step)
+            kept = "".join(line for line in whole if _step(line) <= first_step)
         write_atomically(self.jsonl, kept.encode())
         if first_step == 0:
             for old in folder.glob("events.out.tfevents.*"):
@@ -69,3 +70,11 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line of `metrics.jsonl`; infinite for one that is damaged, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return math.inf

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 from vqvae.common.checkpoint import read_header
 from vqvae.common.distributed import is_main
 from vqvae.common.errors import UserError
+from vqvae.common.files import SCRATCH
 
 RUNS = Path("checkpoints")
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "pretrained"
@@ -31,19 +32,20 @@ def claimed(folder: Path, stage: str, resume: bool, overwrite: bool) -> Iterator
     if not is_main():
         yield
         return
-    if folder.resolve() == SHIPPED.resolve():
-        raise UserError(
-            f"expected an --output-folder of your own, found {folder}, which holds the shipped weights; name another"
-        )
-    resume_file = folder / stage / "resume.pt"
-    if resume and not resume_file.exists():
-        raise UserError(f"expected a run to resume at {resume_file}, found none; start one without --resume")
-    if not (resume or overwrite) and (weights_file(folder, stage).exists() or resume_file.exists()):
-        raise UserError(
-            f"expected no {stage} run in {folder}, found one; go on with it with --resume, replace it with "
-            f"--overwrite, or name another --output-folder"
-        )
     try:
+        if folder.resolve() == SHIPPED.resolve():
+            raise UserError(
+                f"expected an --output-folder of your own, found {folder}, which holds the shipped weights; name "
+                f"another"
+            )
+        resume_file = folder / stage / "resume.pt"
+        if resume and not resume_file.exists():
+            raise UserError(f"expected a run to resume at {resume_file}, found none; start one without --resume")
+        if not (resume or overwrite) and (weights_file(folder, stage).exists() or resume_file.exists()):
+            raise UserError(
+                f"expected no {stage} run in {folder}, found one; go on with it with --resume, replace it with "
+                f"--overwrite, or name another --output-folder"
+            )
         (folder / stage).mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / stage / ".lock", timeout=0)
         lock.acquire()
@@ -54,10 +56,14 @@ def claimed(folder: Path, stage: str, resume: bool, overwrite: bool) -> Iterator
         ) from None
     except OSError as error:
         raise UserError(f"expected to write to {folder}: {error.strerror}; name another --output-folder") from None
-    with lock:
+    try:
+        for left in [*folder.glob(f".{stage}.*{SCRATCH}"), *(folder / stage).glob(f".*{SCRATCH}")]:
+            left.unlink(missing_ok=True)  # by a process that was killed while it wrote
         if overwrite:
             resume_file.unlink(missing_ok=True)  # or --resume could go on with the run that was given up
         yield
+    finally:
+        lock.release()
 
 
 def find_vqvae(given: Path | None) -> Path:
