@@ -405,7 +405,9 @@ def compare(
 
 @app.command()
 def evaluate(
-    num_samples: Annotated[int, typer.Option(help="Images in each set.")] = 10_000,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Images in each set [default: as many as the split has digits]")
+    ] = None,
     split: Annotated[str, typer.Option(help="test for figures to report, validation for choices.")] = "test",
     guidance: Guidance = None,
     cas: Annotated[
@@ -447,6 +449,7 @@ def evaluate(
     if split == "test":
         splits["test"] = load_test(data_folder, not no_download)
     scale = GUIDANCE if guidance is None else guidance
+    num_samples = len(splits[split].labels) if num_samples is None else num_samples
     evaluation = measure(model, network, eyes, splits, num_samples=num_samples, seed=seed, guidance=scale)
     if cas:
         scores = classification_accuracy_score(evaluation.judged, train_digits, splits[split], seed, chosen_device)

@@ -45,5 +45,5 @@ def test_a_command_of_the_readme_runs_as_written(command: str, copy: Path) -> No
     done = subprocess.run(command, shell=True, cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "wrote " in done.stdout
-    for written in re.findall(r"wrote ([^\s;]+)", done.stdout):
+    for written in re.findall(r"wrote ([^\s;,]+)", done.stdout):
         assert (copy / written).stat().st_size > 0
