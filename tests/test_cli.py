@@ -490,6 +490,11 @@ def test_cuda_without_a_cuda_device_is_refused(command: str) -> None:
     refuse(*command.split(), "--device", "cuda", saying=["expected a CUDA device for --device cuda, found none"])
 
 
+def test_a_recipes_name_does_not_lead_out_of_the_folder_of_runs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs" / "smoke.toml", tmp_path / "...toml")
+    refuse("train-vqvae", "--config", tmp_path / "...toml", saying=["expected a recipe's name to name a folder, found"])
+
+
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [

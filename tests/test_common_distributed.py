@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -127,6 +128,27 @@ def test_the_prediction_terms_gradient_is_that_of_the_whole_batch(found: dict[st
     expected = found["one"]["prediction_gradient"]
     assert expected.abs().max() > 1e-4
     torch.testing.assert_close(found[num]["prediction_gradient"], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_samples_of_one_process_once(runs: dict[str, Path], tmp_path: Path) -> None:
+    pair = ["--vqvae", runs["one"] / "vqvae.safetensors", "--prior", runs["one"] / "prior.safetensors"]
+    arguments = ["sample", "--mode", "pixelcnn", "--labels", "0-9", "--num-samples", "210", *pair, "--output"]
+    run([sys.executable, *cli(*arguments, tmp_path / "one.npz")])
+    done = run(torchrun(*cli(*arguments, tmp_path / "two.npz")))
+    assert done.stdout.count("wrote ") == 1
+    one, two = (np.load(tmp_path / name) for name in ("one.npz", "two.npz"))
+    for name in ("images", "indices", "labels"):
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+@pytest.mark.slow
+def test_a_classifier_is_trained_by_one_process_only(tmp_path: Path) -> None:
+    command = torchrun(*cli("train-classifier", "--data-folder", FIXTURE, "--output-folder", tmp_path))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode != 0
+    assert "expected one process for a classifier, found 2; type python instead of torchrun" in done.stderr
+    assert not (tmp_path / "classifier.safetensors").exists()
 
 
 @pytest.mark.slow
