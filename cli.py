@@ -433,10 +433,12 @@ def evaluate(
     from vqvae.common.classifier import load_classifier
     from vqvae.common.data import load_test, load_train_and_validation
     from vqvae.common.engine import pick_device
+    from vqvae.common.files import make_folder
     from vqvae.common.runs import describe, find_classifier, find_pair
     from vqvae.model import load_vqvae
 
     _require_choice("--split", split, ("test", "validation"))
+    make_folder(output_folder)  # before the measuring, which takes minutes
     chosen_device = pick_device(device)
     vqvae_file, prior_file = find_pair(vqvae, prior)
     classifier_file = find_classifier(classifier)

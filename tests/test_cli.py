@@ -771,6 +771,15 @@ def test_too_few_samples_or_more_than_test_digits_are_refused(classifier: Result
     refuse(*EVALUATE, "--num-samples", num_samples, saying=[text, "type --num-samples 120"])
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
+    classifier: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prior.evaluate.evaluate", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("no folder")
+    place = ["--output-folder", tmp_path / "file" / "report"]
+    refuse(*EVALUATE, *place, saying=["expected to write to", "name another folder"])
+
+
 def test_a_guidance_out_of_its_range_is_refused(classifier: Result) -> None:
     text = "--guidance between 0 and 100, found -1"
     refuse(*EVALUATE, "--num-samples", 100, "--guidance", -1, saying=[text])

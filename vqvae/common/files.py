@@ -78,6 +78,18 @@ def read_at_most(file: IO[bytes], limit: int) -> bytes:
     return content
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        UserError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"expected to write to {path}: {error.strerror}; name another folder") from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to disk, rename onto it, flush the folder. Of several processes the main one writes.
 
