@@ -110,9 +110,7 @@ def train_vqvae(
     )
     written = weights_file(folder, "vqvae")
     following = ["train-prior", "--vqvae", written, "--config", _relative(config)]
-    if data_folder != DEFAULT_DATA_FOLDER:
-        following += ["--data-folder", data_folder]
-    _print_written(written, following)
+    _print_written(written, following + _data_flag(data_folder))
 
 
 @app.command()
@@ -209,10 +207,7 @@ def train_classifier(
         )
     print(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
     written = weights_file(output_folder, "classifier")
-    following = ["evaluate", "--classifier", written]
-    if data_folder != DEFAULT_DATA_FOLDER:
-        following += ["--data-folder", data_folder]
-    _print_written(written, following)
+    _print_written(written, ["evaluate", "--classifier", written, *_data_flag(data_folder)])
 
 
 @app.command()
@@ -499,6 +494,10 @@ def _folder_named_after(recipe: Path) -> Path:
 
 def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _data_flag(folder: Path) -> list[Any]:
+    return [] if folder == DEFAULT_DATA_FOLDER else ["--data-folder", folder]
 
 
 def _print_written(written: Path, following: list[Any]) -> None:

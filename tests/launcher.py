@@ -15,15 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-import cli  # noqa: E402
-import prior.train  # noqa: E402, F401
-import vqvae.train  # noqa: E402, F401
-from vqvae.common import engine  # noqa: E402
+import cli
+import prior.train  # noqa: F401 -- so that a process that is started has it already
+import vqvae.train  # noqa: F401
+from vqvae.common import engine
 
 LONGEST_S = 0.15  # from the first save to the signal
 

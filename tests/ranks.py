@@ -1,28 +1,24 @@
-"""What each of several processes does in tests/test_common_distributed.py, where the main one writes what came out.
-
-torchrun ... ranks.py VQVAE PRIOR FOLDER
-"""
+"""`torchrun ... ranks.py VQVAE PRIOR FOLDER`: what each of several processes does in tests/test_common_distributed.py,
+where the main one writes what came out."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prior.codes import extract
+from prior.model import load_prior
+from prior.sampling import sample
+from prior.train import evaluate as evaluate_prior
+from vqvae import train
+from vqvae.common.data import load_train_and_validation
+from vqvae.common.distributed import gathered, is_main, joined, share_of_batch
+from vqvae.model import load_vqvae
+from vqvae.predictor import CausalPredictor
+from vqvae.quantizer import VectorQuantizer
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from prior.codes import extract  # noqa: E402
-from prior.model import load_prior  # noqa: E402
-from prior.sampling import sample  # noqa: E402
-from prior.train import evaluate as evaluate_prior  # noqa: E402
-from vqvae import train  # noqa: E402
-from vqvae.common.data import load_train_and_validation  # noqa: E402
-from vqvae.common.distributed import gathered, is_main, joined, share_of_batch  # noqa: E402
-from vqvae.model import load_vqvae  # noqa: E402
-from vqvae.predictor import CausalPredictor  # noqa: E402
-from vqvae.quantizer import VectorQuantizer  # noqa: E402
-
 CPU = torch.device("cpu")
 
 

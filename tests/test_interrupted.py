@@ -1,6 +1,7 @@
 """Real training processes ended by signals at random moments, and gone on with to the end."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def launch(seed: int, folder: Path, stage: str, signals: list[int], arguments: l
         capture_output=True,
         text=True,
         timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")], done.stderr
