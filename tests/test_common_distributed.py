@@ -200,6 +200,29 @@ def test_a_rank_that_dies_ends_the_others_and_the_last_save_stays(tmp_path: Path
     assert load_resume_state(resume_file)["step"] > step
 
 
+THREADS_LEFT = """
+import os
+import torch
+from vqvae.common.distributed import joined, summed
+with joined():
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = summed(torch.ones(2))
+    torch.optim.Adam([weight]).step()
+    print(len(os.listdir("/proc/self/task")))
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="counts the threads in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(THREADS_LEFT)
+    inside, after = map(int, run(torchrun(script, num=1)).stdout.split())
+    assert inside > 1
+    assert after == 1
+
+
 # --- What one process sees of several
 
 

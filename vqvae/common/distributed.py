@@ -23,6 +23,10 @@ T = TypeVar("T")
 def joined() -> Iterator[None]:
     """Inside, the processes that torchrun started know each other (gloo for what lies on the CPU, NCCL on CUDA), and
     only the main one prints."""
+    # Imported later (by the first optimiser), this module would keep the group in its functions' default arguments,
+    # and a worker thread of it, alive at the interpreter's end, may abort a process that had finished.
+    import torch.distributed.nn.functional
+
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
