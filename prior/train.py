@@ -40,7 +40,7 @@ class PriorTraining(Training):
 
 def objective(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
     """Mean negative log-likelihood of maps (B, H, W) under labels (B,) or under none, in nats per code."""
-    logits = rearrange(prior(indices, labels), "b k h w -> (b h w) k")  # twice as fast as over a middle axis
+    logits = rearrange(prior(indices, labels).float(), "b k h w -> (b h w) k")  # twice as fast as over a middle axis
     return {"nats_per_code": F.cross_entropy(logits, indices.flatten())}
 
 

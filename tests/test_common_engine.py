@@ -40,7 +40,7 @@ class Toy:
     figures: list[float] = field(default_factory=lambda: [9.0, 8.0, 7.0, 6.0])  # of each epoch, by its number
     batches: list[list[int]] = field(default_factory=list)  # the samples of each step
     modes: list[bool] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
+    precisions: list[torch.dtype] = field(default_factory=list)  # that the model's products come in
     kept: list[float] = field(default_factory=list)  # figures of the epochs that were kept as the best
     fail_at: int | None = None  # step of this fit in which it breaks off
     signal_at: int | None = None  # step of this fit in which a SIGTERM arrives
@@ -59,7 +59,9 @@ class Toy:
                 signal.raise_signal(signal.SIGTERM)
             self.batches.append(rows.tolist())
             self.modes.append(model.training)
-            error = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            out = model(x)
+            self.precisions.append(out.dtype)
+            error = (out - x.sum(1, keepdim=True)).square().mean()
             return {"error": error, "row": rows.double().mean()}
 
         def evaluate() -> dict[str, float]:
@@ -88,7 +90,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- Device, seeds, batches, averages
+# --- Device, precision, seeds, batches, averages
 
 
 def test_cuda_without_a_device_is_an_error_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +112,27 @@ def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_another_device_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"expected --device auto, cpu or cuda, found '{name}'"):
         pick_device(name)
+
+
+@pytest.mark.parametrize(("wanted", "there"), [(True, True), (True, False), (False, True)])
+def test_losses_are_worked_out_in_bfloat16_where_it_is_wanted_and_the_device_multiplies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool, there: bool
+) -> None:
+    monkeypatch.setattr(engine, "multiplies_bfloat16", lambda device: there)
+    toy = Toy(tmp_path)
+    model = toy.fit(1, mixed_precision=wanted)
+    assert set(toy.precisions) == {torch.bfloat16 if wanted and there else torch.float32}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_this_processor_multiplies_bfloat16_only_if_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({"amx_bf16": True}, True),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert engine.multiplies_bfloat16(torch.device("cpu")) is expected
 
 
 def test_seeds_differ_by_every_key_and_suit_a_generator() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prior.incremental import IncrementalLogits
+from prior.incremental import FEWEST_OPERATIONS, IncrementalLogits, Product
 from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig
 from prior.sampling import guided, plain_logits, sample
 
@@ -69,6 +69,20 @@ def test_two_that_are_asked_in_turn_keep_apart() -> None:
     both = [IncrementalLogits(network, label) for label in labels]
     for (i, j), n in itertools.product(positions(network), range(2)):
         assert torch.allclose(both[n](maps[n], i, j), whole[n][:, :, i, j], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num", [1, FEWEST_OPERATIONS // (8 * 24) - 1, FEWEST_OPERATIONS // (8 * 24) + 1])
+@pytest.mark.parametrize("with_bias", [False, True])
+@torch.no_grad()
+def test_a_product_is_the_same_on_both_sides_of_its_threshold(num: int, with_bias: bool) -> None:
+    x, weight, plus = (torch.randn(*shape, generator=seeded(0)) for shape in ((num, 8), (24, 8), (num, 24)))
+    bias = torch.randn(24, generator=seeded(1)) if with_bias else None
+    expected = x.double() @ weight.T.double() + (0 if bias is None else bias.double())
+    made = Product(weight, bias)
+    torch.testing.assert_close(made(x).double(), expected, rtol=0, atol=1e-5)
+    kept = plus.clone()
+    torch.testing.assert_close(made(x, plus=plus).double(), expected + kept, rtol=0, atol=1e-5)
+    assert torch.equal(plus, kept)
 
 
 def given_maps(map_shape: tuple[int, int], share: float) -> Tensor:

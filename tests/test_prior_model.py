@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig, load_prior
+from prior.model import NO_LABEL, GatedLayer, GatedPixelCNN, PriorConfig, gate, load_prior
 from vqvae.common import checkpoint
 from vqvae.common.errors import UserError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
@@ -151,6 +151,26 @@ def test_a_map_of_another_shape_or_with_an_unknown_code_is_an_error() -> None:
         prior(torch.zeros(1, 3, 2, dtype=torch.int64))
     with pytest.raises(IndexError):
         prior(torch.full((1, 2, 3), prior.num_codes))
+
+
+def test_the_gate_is_tanh_times_sigmoid() -> None:
+    features = torch.linspace(-20, 20, 1001).repeat(2, 1).reshape(1, 2, 1001)
+    features = torch.cat([features[:, :1], features[:, 1:].flip(2)], dim=1)
+    f, g = features.double().chunk(2, dim=1)
+    torch.testing.assert_close(gate(features).double(), f.tanh() * g.sigmoid(), rtol=0, atol=3e-7)
+    assert gate(features).shape == (1, 1, 1001)
+
+
+def test_dropout_keeps_its_share_scaled_so_that_the_mean_stays_and_nothing_is_dropped_in_eval() -> None:
+    torch.manual_seed(0)
+    layer = GatedLayer(4, dropout=0.3)
+    x = torch.ones(50, 4, 40, 50, requires_grad=True)
+    dropped = layer._dropped(x)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (dropped == 0).double().mean() == pytest.approx(0.3, abs=0.004)  # five standard deviations are 0.0036
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped)
+    assert layer.eval()._dropped(x) is x
 
 
 @pytest.mark.parametrize("training", [False, True])

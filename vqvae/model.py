@@ -137,11 +137,11 @@ class VQVAE(nn.Module):
         return self.quantizer.codebook.device
 
     def latents(self, x: Tensor) -> Tensor:
-        """z_e (B, D, S/4, S/4) of images (B, 1, S, S) in -1..1."""
+        """z_e (B, D, S/4, S/4), float32 under autocast too, of images (B, 1, S, S) in -1..1."""
         size = self.config.image_size
         if x.shape[1:] != (1, size, size):
             raise ValueError(f"expected images of shape (B, 1, {size}, {size}), found {tuple(x.shape)}")
-        return self.encoder(x)
+        return self.encoder(x).float()
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices (B, S/4, S/4) int64 of images (B, 1, S, S) in -1..1."""

@@ -49,7 +49,7 @@ def objective(
     """
     x = to_model_range(images)
     x_hat, z_e, z_q, indices, codebook_loss, commitment_loss = model(x)
-    target = x
+    x_hat, target = x_hat.float(), x
     if training.free_overshoot:
         # A pixel of pure ink or paper that the model makes purer still is drawn right: no error.
         target = torch.where(x_hat.clamp(-1, 1) == x, x_hat.detach(), x)
