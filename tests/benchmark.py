@@ -6,7 +6,7 @@ Needs MNIST in data/ and a few minutes. Prints tables and writes benchmark.json 
 """
 
 import json
-import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
-from prior.codes import extract
-from prior.incremental import product
-from prior.model import GatedLayer, GatedPixelCNN, PriorConfig, gate, load_prior
+from prior.codes import Codes, extract
+from prior.incremental import Product
+from prior.model import GatedLayer, GatedPixelCNN, PriorConfig, load_prior
 from prior.sampling import plain_logits, sample
 from prior.train import PriorTraining, drop_labels
 from prior.train import objective as prior_objective
 from vqvae.common.config import read_recipe, resolve
 from vqvae.common.data import Split, load_train_and_validation
-from vqvae.common.engine import fit
+from vqvae.common.engine import fit, multiplies_bfloat16
 from vqvae.common.runs import SHIPPED, weights_file
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
 from vqvae.predictor import CausalPredictor
@@ -48,8 +50,7 @@ from vqvae.train import objective as vqvae_objective
 
 DATA = Path("data")
 BASELINE, TUNED = Path("configs/baseline.toml"), Path("configs/mnist.toml")
-# The last epoch's validation error that `python cli.py train-vqvae --config configs/baseline.toml` prints.
-DOCUMENTED_ERROR = 0.00693
+PRECISIONS = {"float32": False, "bfloat16": True}
 REPEATS = 5
 CPU = torch.device("cpu")
 Side = Callable[[], object]
@@ -67,6 +68,32 @@ def in_turn(sides: dict[str, Side], repeats: int = REPEATS) -> dict[str, list[fl
             side()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextmanager
+def elsewhere(make_side: Callable[[], Side]) -> Iterator[Side]:
+    """A side in a process of its own, which does not keep freed memory as this one does."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, make_side))
+    process.start()
+
+    def run() -> None:
+        here.send(True)
+        here.recv()
+
+    try:
+        yield run
+    finally:
+        here.send(False)
+        process.join()
+
+
+def _serve(connection: Connection, make_side: Callable[[], Side]) -> None:
+    side = make_side()
+    while connection.recv():
+        side()
+        connection.send(None)
 
 
 def ratio(what: str, slow: list[float], fast: list[float]) -> Row:
@@ -107,21 +134,21 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
 
 
 def our_training(
-    model: nn.Module, data: tuple[Tensor, ...], loss_fn: Callable[..., dict[str, Tensor]], training: Any, num: int
+    model: nn.Module, data: tuple[Tensor, ...], loss_fn: Callable[..., dict[str, Tensor]], training: Any, seed: int = 0
 ) -> Side:
-    """One epoch of `num` samples on the project's own engine."""
+    """A run of training on the project's own engine, without validation."""
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
             fit(
                 model,
-                tuple(tensor[:num] for tensor in data),
+                data,
                 loss_fn,
                 lambda: {"none": 0.0},
                 lambda figures: None,
                 best_by="none",
                 training=training,
-                seed=0,
+                seed=seed,
                 folder=Path(folder),
                 unit="samples",
                 settings={},
@@ -135,15 +162,18 @@ def loader(num: int, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
     """Images the customary way: from a dataset of PIL images, transformed one by one, in worker processes."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
     digits = Subset(MNIST(str(DATA), transform=transform), range(num))
-    return DataLoader(digits, batch_size=batch_size, shuffle=True, num_workers=os.cpu_count() or 1)
+    workers = os.cpu_count() or 1
+    return DataLoader(digits, batch_size=batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
 
 
-def customary_stage_one(model: VQVAE, num: int, batch_size: int) -> Side:
+def customary_stage_one(config: VQVAEConfig, num: int, batch_size: int) -> Side:
+    model = VQVAE(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+    batches = loader(num, batch_size)
 
     def run() -> None:
         model.train()
-        for x, _ in loader(num, batch_size):
+        for x, _ in batches:
             out = model(x)
             loss = F.mse_loss(out.x_hat, x) + out.codebook_loss + out.commitment_loss
             optimizer.zero_grad()
@@ -167,30 +197,35 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class CustomaryLayer(GatedLayer):
-    """`GatedLayer` with masked 3x3 and 1x3 kernels for its (2, 3) and (1, 2) ones."""
+    """`GatedLayer` with masked 3x3 and 1x3 kernels for its (2, 3) and (1, 2) ones, and torch's dropout and tanh."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 0.0)
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__(width, dropout)
         self.vertical = MaskedConv2d(width, 2 * width, (3, 3), axis=2)
         self.horizontal = MaskedConv2d(width, 2 * width, (1, 3), axis=3)
 
     def forward(self, v: Tensor, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         v_label, h_label = self.label(labels)[:, :, None, None].chunk(2, dim=1)
-        v_features = self.vertical(v)
-        h_features = self.horizontal(h) + self.vertical_to_horizontal(v_features)
-        v = v + self.vertical_out(gate(v_features + v_label))
-        return v, h + self.horizontal_out(gate(h_features + h_label))
+        v_features = self.vertical(F.dropout(v, self.dropout))
+        h_features = self.horizontal(F.dropout(h, self.dropout)) + self.vertical_to_horizontal(v_features)
+        v = v + self.vertical_out(self.gate(v_features + v_label))
+        return v, h + self.horizontal_out(self.gate(h_features + h_label))
+
+    def gate(self, features: Tensor) -> Tensor:
+        f, g = features.chunk(2, dim=1)
+        return torch.tanh(f) * torch.sigmoid(g)
 
 
 def customary_stage_two(vqvae: VQVAE, config: PriorConfig, num: int, batch_size: int) -> Side:
     """The customary prior, and images encoded again for every batch."""
     prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape)
-    prior.layers = nn.ModuleList(CustomaryLayer(config.width) for _ in range(config.num_layers))
+    prior.layers = nn.ModuleList(CustomaryLayer(config.width, config.dropout) for _ in range(config.num_layers))
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-3)
+    batches = loader(num, batch_size)
 
     def run() -> None:
         prior.train()
-        for x, labels in loader(num, batch_size):
+        for x, labels in batches:
             with torch.no_grad():
                 indices = vqvae.encode(x)
             loss = F.cross_entropy(prior(indices, drop_labels(labels, 0.1)), indices)
@@ -204,98 +239,108 @@ def customary_stage_two(vqvae: VQVAE, config: PriorConfig, num: int, batch_size:
 def training(train: Split, vqvae: VQVAE, prior: GatedPixelCNN) -> list[Row]:
     """Both stages on the project's engine against the customary way, the same networks on the same images."""
     documented, settings = VQVAEConfig(), VQVAETraining(num_epochs=1)
-    ours_one = VQVAE(documented).to(memory_format=torch.channels_last)
-    num_one, num_two = 12_800, 3_200
-    seconds = in_turn(
-        {
-            "customary": customary_stage_one(VQVAE(documented), num_one, settings.batch_size),
-            "ours": our_training(
-                ours_one,
-                (train.images,),
-                lambda images: vqvae_objective(ours_one, images, settings)[0],
-                settings,
-                num_one,
-            ),
-        },
-        repeats=3,
-    )
-    rows = [ratio(f"stage one, {num_one} images: customary over ours", seconds["customary"], seconds["ours"])]
-    codes = extract(vqvae, Split(train.images[:num_two], train.labels[:num_two]))
-    ours_two = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape).to(memory_format=torch.channels_last)
+    num = 50 * settings.batch_size
+    with elsewhere(partial(customary_stage_one, documented, num, settings.batch_size)) as customary:
+        sides = {
+            precision: stage_one_run(documented, replace(settings, mixed_precision=mixed), train, num)[1]
+            for precision, mixed in PRECISIONS.items()
+        }
+        rows = against("stage one", customary, sides, num)
     settings_two = PriorTraining(num_epochs=1, batch_size=64)
-    seconds = in_turn(
-        {
-            "customary": customary_stage_two(vqvae, prior.config, num_two, settings_two.batch_size),
-            "ours": our_training(
-                ours_two,
-                (codes.indices, codes.labels),
-                lambda indices, labels: prior_objective(ours_two, indices, drop_labels(labels, 0.1)),
-                settings_two,
-                num_two,
-            ),
-        },
-        repeats=3,
-    )
-    return [*rows, ratio(f"stage two, {num_two} maps: customary over ours", seconds["customary"], seconds["ours"])]
+    num = 30 * settings_two.batch_size
+    codes = extract(vqvae, Split(train.images[:num], train.labels[:num]))
+    with elsewhere(partial(customary_stage_two, vqvae, prior.config, num, settings_two.batch_size)) as customary:
+        sides = {
+            precision: stage_two_run(prior, replace(settings_two, mixed_precision=mixed), codes)
+            for precision, mixed in PRECISIONS.items()
+        }
+        return rows + against("stage two", customary, sides, num)
+
+
+def against(stage: str, customary: Side, sides: dict[str, Side], num: int) -> list[Row]:
+    seconds = in_turn({"customary": customary, **sides}, repeats=3)
+    return [
+        ratio(f"{stage}, {num} samples: customary over ours in {precision}", seconds["customary"], seconds[precision])
+        for precision in sides
+    ]
+
+
+def stage_one_run(
+    config: VQVAEConfig, settings: VQVAETraining, train: Split, num: int, seed: int = 0
+) -> tuple[VQVAE, Side]:
+    """A model, and its training on `num` images."""
+    torch.manual_seed(seed)
+    model = VQVAE(config).to(memory_format=torch.channels_last)
+    predictor = CausalPredictor(config.hidden_size, model.map_shape) if settings.predictability > 0 else None
+    trained = nn.ModuleList(network for network in (model, predictor) if network is not None)
+    loss_fn = lambda images: vqvae_objective(model, images, settings, predictor)[0]  # noqa: E731
+    return model, our_training(trained, (train.images[:num],), loss_fn, settings, seed)
+
+
+def stage_two_run(prior: GatedPixelCNN, settings: PriorTraining, codes: Codes) -> Side:
+    """The training of a prior such as this one."""
+    model = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape).to(memory_format=torch.channels_last)
+    loss_fn = lambda indices, labels: prior_objective(model, indices, drop_labels(labels, 0.1))  # noqa: E731
+    return our_training(model, (codes.indices, codes.labels), loss_fn, settings)
 
 
 def time_to_quality(train: Split, validation: Split) -> list[Row]:
-    """The validation error that the tuned recipe comes to in a fifth, a tenth, a twentieth of the other's time.
-
-    The documented recipe's time is that of its number of steps at the speed measured here; its final error is
-    DOCUMENTED_ERROR.
-    """
-    documented, documented_training = resolve((VQVAEConfig, VQVAETraining), read_recipe(BASELINE, "vqvae"), {})
-    tuned, tuned_training = resolve((VQVAEConfig, VQVAETraining), read_recipe(TUNED, "vqvae"), {})
-    num_steps = documented_training.num_epochs * math.ceil(len(train.labels) / documented_training.batch_size)
-    num = 40  # steps that speed is measured on
-    sides = {
-        "documented": stage_one_run(documented, documented_training, train, num)[1],
-        "tuned": stage_one_run(tuned, tuned_training, train, num)[1],
-    }
-    seconds = {name: statistics.median(s) / num for name, s in in_turn(sides, repeats=3).items()}
-    rows = []
-    for share in (5, 10, 20):
-        num = int(num_steps * seconds["documented"] / seconds["tuned"] / share)
-        model, run = stage_one_run(tuned, tuned_training, train, num)
-        start = time.perf_counter()
-        run()
-        spent = time.perf_counter() - start
-        whole = num_steps * seconds["documented"]
+    """The documented recipe in full, and the validation error that the tuned one comes to in a twentieth and a fiftieth
+    of its time, schedule and all, with three seeds."""
+    documented, settings = resolve((VQVAEConfig, VQVAETraining), read_recipe(BASELINE, "vqvae"), {})
+    model, run = stage_one_run(documented, settings, train, len(train.labels))
+    whole = seconds_of(run)
+    rows: list[Row] = [
+        {
+            "what": "stage one: the documented recipe",
+            "seconds": whole,
+            "squared_error": squared_error(model, validation),
+        }
+    ]
+    tuned, settings = resolve((VQVAEConfig, VQVAETraining), read_recipe(TUNED, "vqvae"), {})
+    settings = replace(settings, num_epochs=1)
+    num_timed = 100 * settings.batch_size
+    per_image = min(seconds_of(stage_one_run(tuned, settings, train, num_timed)[1]) for _ in range(3)) / num_timed
+    for share in (20, 50):
+        num = int(whole / share / per_image)
+        seconds, errors = [], []
+        for seed in range(3):
+            model, run = stage_one_run(tuned, settings, train, num, seed)
+            seconds.append(seconds_of(run))
+            errors.append(squared_error(model, validation))
         rows.append(
             {
-                "what": f"stage one: the tuned recipe in 1/{share} of the documented one's time",
-                "seconds": [whole, spent],
-                "of_its_time": spent / whole,
-                "steps": num,
-                "squared_error": evaluate_vqvae(model, validation, tuned_training)["squared_error"],
-                "documented_error": DOCUMENTED_ERROR,
+                "what": f"stage one: the tuned recipe on {num} images",
+                "seconds": seconds,
+                "of_its_time": statistics.median(seconds) / whole,
+                "squared_error": errors,
             }
         )
     return rows
 
 
-def stage_one_run(config: VQVAEConfig, settings: VQVAETraining, train: Split, num_steps: int) -> tuple[VQVAE, Side]:
-    """A model, and its training for that many steps, schedule and all, on the project's own engine."""
-    torch.manual_seed(0)
-    model = VQVAE(config).to(memory_format=torch.channels_last)
-    predictor = CausalPredictor(config.hidden_size, model.map_shape) if settings.predictability > 0 else None
-    trained = nn.ModuleList(network for network in (model, predictor) if network is not None)
-    once = replace(settings, num_epochs=1)
-    num = num_steps * settings.batch_size
-    return model, our_training(
-        trained, (train.images,), lambda images: vqvae_objective(model, images, once, predictor)[0], once, num
-    )
+def seconds_of(run: Side) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
-def one_step(model: nn.Module, loss_fn: Callable[[], Tensor], fused: bool = True, compiled: bool = False) -> Side:
+def squared_error(model: VQVAE, split: Split) -> float:
+    return evaluate_vqvae(model, split, VQVAETraining())["squared_error"]
+
+
+def one_step(
+    model: nn.Module, loss_fn: Callable[[], Tensor], fused: bool = True, compiled: bool = False, mixed: bool = False
+) -> Side:
     """One step of training on a fixed batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
     loss_fn = torch.compile(loss_fn) if compiled else loss_fn
 
     def run() -> None:
         optimizer.zero_grad()
-        loss_fn().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = loss_fn()
+        loss.backward()
         optimizer.step()
 
     return run
@@ -324,6 +369,7 @@ def variants(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
             "default memory format": step(channels_last=False),
             "unfused optimiser": step(fused=False),
             "torch.compile": step(compiled=True),
+            "bfloat16": step(mixed=True),
         }
         seconds = in_turn({"ours": step(), **others})
         rows += [ratio(f"stage {stage}, a step: {name} over ours", seconds[name], seconds["ours"]) for name in others]
@@ -345,7 +391,7 @@ def where_time_goes(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
     peak, which is that of one large matrix product."""
     a = torch.randn(2048, 2048)
     with torch.inference_mode():
-        peak = 2 * 2048**3 / statistics.median(in_turn({"product": lambda: product(a, a)})["product"])
+        peak = 2 * 2048**3 / statistics.median(in_turn({"product": partial(Product(a), a)})["product"])
     rows = []
     for stage, step in (("one", stage_one_step(config, 64)), ("two", stage_two_step(prior, 64))):
         with FlopCounterMode(display=False) as counter:
@@ -436,6 +482,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "multiplies bfloat16": multiplies_bfloat16(CPU),
     }
     print(machine)
     results: dict[str, Any] = {"machine": machine}
