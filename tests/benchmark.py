@@ -6,7 +6,6 @@ Needs MNIST in data/ and a few minutes. Prints tables and writes benchmark.json 
 """
 
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -14,11 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -51,49 +48,27 @@ from vqvae.train import objective as vqvae_objective
 DATA = Path("data")
 BASELINE, TUNED = Path("configs/baseline.toml"), Path("configs/mnist.toml")
 PRECISIONS = {"float32": False, "bfloat16": True}
-REPEATS = 5
+REPEATS = 3
 CPU = torch.device("cpu")
 Side = Callable[[], object]
 Row = dict[str, Any]
 
 
-def in_turn(sides: dict[str, Side], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each side, `repeats` times, one after the other so that a noisy moment meets them all."""
+def seconds_of(side: Side) -> float:
+    start = time.perf_counter()
+    side()
+    return time.perf_counter() - start
+
+
+def in_turn(sides: dict[str, Side]) -> dict[str, list[float]]:
+    """Seconds of each side, REPEATS times, one after the other so that a noisy moment meets them all."""
     for side in sides.values():
         side()  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(side))
     return seconds
-
-
-@contextmanager
-def elsewhere(make_side: Callable[[], Side]) -> Iterator[Side]:
-    """A side in a process of its own, which does not keep freed memory as this one does."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, make_side))
-    process.start()
-
-    def run() -> None:
-        here.send(True)
-        here.recv()
-
-    try:
-        yield run
-    finally:
-        here.send(False)
-        process.join()
-
-
-def _serve(connection: Connection, make_side: Callable[[], Side]) -> None:
-    side = make_side()
-    while connection.recv():
-        side()
-        connection.send(None)
 
 
 def ratio(what: str, slow: list[float], fast: list[float]) -> Row:
@@ -127,7 +102,7 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
         seconds = in_turn({"forward": forward, "incremental": draw})
         rows.append(ratio(f"sampling {batch}: over one forward pass", seconds["incremental"], seconds["forward"]))
         if batch < 500:
-            seconds = in_turn({"plain": lambda: draw(plain_logits), "incremental": draw}, repeats=3)
+            seconds = in_turn({"plain": lambda: draw(plain_logits), "incremental": draw})
             rows.append(ratio(f"sampling {batch}: plain over incremental", seconds["plain"], seconds["incremental"]))
     torch.set_num_threads(threads)
     return rows
@@ -166,8 +141,7 @@ def loader(num: int, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
     return DataLoader(digits, batch_size=batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
 
 
-def customary_stage_one(config: VQVAEConfig, num: int, batch_size: int) -> Side:
-    model = VQVAE(config)
+def customary_stage_one(model: VQVAE, num: int, batch_size: int) -> Side:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
     batches = loader(num, batch_size)
 
@@ -239,26 +213,26 @@ def customary_stage_two(vqvae: VQVAE, config: PriorConfig, num: int, batch_size:
 def training(train: Split, vqvae: VQVAE, prior: GatedPixelCNN) -> list[Row]:
     """Both stages on the project's engine against the customary way, the same networks on the same images."""
     documented, settings = VQVAEConfig(), VQVAETraining(num_epochs=1)
-    num = 50 * settings.batch_size
-    with elsewhere(partial(customary_stage_one, documented, num, settings.batch_size)) as customary:
-        sides = {
-            precision: stage_one_run(documented, replace(settings, mixed_precision=mixed), train, num)[1]
-            for precision, mixed in PRECISIONS.items()
-        }
-        rows = against("stage one", customary, sides, num)
+    num = 30 * settings.batch_size
+    customary = customary_stage_one(VQVAE(documented), num, settings.batch_size)
+    sides = {
+        precision: stage_one_run(documented, replace(settings, mixed_precision=mixed), train, num)[1]
+        for precision, mixed in PRECISIONS.items()
+    }
+    rows = against("stage one", customary, sides, num)
     settings_two = PriorTraining(num_epochs=1, batch_size=64)
-    num = 30 * settings_two.batch_size
+    num = 16 * settings_two.batch_size
     codes = extract(vqvae, Split(train.images[:num], train.labels[:num]))
-    with elsewhere(partial(customary_stage_two, vqvae, prior.config, num, settings_two.batch_size)) as customary:
-        sides = {
-            precision: stage_two_run(prior, replace(settings_two, mixed_precision=mixed), codes)
-            for precision, mixed in PRECISIONS.items()
-        }
-        return rows + against("stage two", customary, sides, num)
+    customary = customary_stage_two(vqvae, prior.config, num, settings_two.batch_size)
+    sides = {
+        precision: stage_two_run(prior, replace(settings_two, mixed_precision=mixed), codes)
+        for precision, mixed in PRECISIONS.items()
+    }
+    return rows + against("stage two", customary, sides, num)
 
 
 def against(stage: str, customary: Side, sides: dict[str, Side], num: int) -> list[Row]:
-    seconds = in_turn({"customary": customary, **sides}, repeats=3)
+    seconds = in_turn({"customary": customary, **sides})
     return [
         ratio(f"{stage}, {num} samples: customary over ours in {precision}", seconds["customary"], seconds[precision])
         for precision in sides
@@ -273,20 +247,29 @@ def stage_one_run(
     model = VQVAE(config).to(memory_format=torch.channels_last)
     predictor = CausalPredictor(config.hidden_size, model.map_shape) if settings.predictability > 0 else None
     trained = nn.ModuleList(network for network in (model, predictor) if network is not None)
-    loss_fn = lambda images: vqvae_objective(model, images, settings, predictor)[0]  # noqa: E731
-    return model, our_training(trained, (train.images[:num],), loss_fn, settings, seed)
+    return model, our_training(
+        trained,
+        (train.images[:num],),
+        lambda images: vqvae_objective(model, images, settings, predictor)[0],
+        settings,
+        seed,
+    )
 
 
 def stage_two_run(prior: GatedPixelCNN, settings: PriorTraining, codes: Codes) -> Side:
     """The training of a prior such as this one."""
     model = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape).to(memory_format=torch.channels_last)
-    loss_fn = lambda indices, labels: prior_objective(model, indices, drop_labels(labels, 0.1))  # noqa: E731
-    return our_training(model, (codes.indices, codes.labels), loss_fn, settings)
+    return our_training(
+        model,
+        (codes.indices, codes.labels),
+        lambda indices, labels: prior_objective(model, indices, drop_labels(labels, settings.label_dropout)),
+        settings,
+    )
 
 
 def time_to_quality(train: Split, validation: Split) -> list[Row]:
     """The documented recipe in full, and the validation error that the tuned one comes to in a twentieth and a fiftieth
-    of its time, schedule and all, with three seeds."""
+    of its time, schedule and all, with as many seeds as repeats."""
     documented, settings = resolve((VQVAEConfig, VQVAETraining), read_recipe(BASELINE, "vqvae"), {})
     model, run = stage_one_run(documented, settings, train, len(train.labels))
     whole = seconds_of(run)
@@ -300,11 +283,11 @@ def time_to_quality(train: Split, validation: Split) -> list[Row]:
     tuned, settings = resolve((VQVAEConfig, VQVAETraining), read_recipe(TUNED, "vqvae"), {})
     settings = replace(settings, num_epochs=1)
     num_timed = 100 * settings.batch_size
-    per_image = min(seconds_of(stage_one_run(tuned, settings, train, num_timed)[1]) for _ in range(3)) / num_timed
+    per_image = min(seconds_of(stage_one_run(tuned, settings, train, num_timed)[1]) for _ in range(REPEATS)) / num_timed
     for share in (20, 50):
         num = int(whole / share / per_image)
         seconds, errors = [], []
-        for seed in range(3):
+        for seed in range(REPEATS):
             model, run = stage_one_run(tuned, settings, train, num, seed)
             seconds.append(seconds_of(run))
             errors.append(squared_error(model, validation))
@@ -317,12 +300,6 @@ def time_to_quality(train: Split, validation: Split) -> list[Row]:
             }
         )
     return rows
-
-
-def seconds_of(run: Side) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def squared_error(model: VQVAE, split: Split) -> float:
@@ -426,7 +403,7 @@ def growth(config: VQVAEConfig) -> list[Row]:
     points += [("width", width, 64, replace(config, width=width)) for width in (16, 32, 64, 128)]
     rows = []
     for axis, value, batch, changed in points:
-        seconds = in_turn({"step": stage_one_step(changed, batch)}, repeats=3)["step"]
+        seconds = in_turn({"step": stage_one_step(changed, batch)})["step"]
         rows.append({"axis": axis, "value": value, "images_per_s": batch / statistics.median(seconds)})
     return rows
 
@@ -439,9 +416,7 @@ def starting() -> list[Row]:
         output = ["--output", str(Path(folder) / "samples.png")]
         for arguments in (["--help"], ["sample", "--mode", "pixelcnn", "--labels", "0-9", *pair, *output]):
             command = [sys.executable, "cli.py", *arguments]
-            seconds = in_turn({"run": partial(subprocess.run, command, check=True, capture_output=True)}, repeats=3)[
-                "run"
-            ]
+            seconds = in_turn({"run": partial(subprocess.run, command, check=True, capture_output=True)})["run"]
             rows.append(
                 {
                     "what": " ".join(arguments[:3]),

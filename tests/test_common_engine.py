@@ -192,20 +192,25 @@ def test_a_constant_rate_is_constant() -> None:
     assert {learning_rate(Training(lr=0.3), i / 10) for i in range(11)} == {0.3}
 
 
-def test_a_one_cycle_rate_rises_from_zero_to_its_peak_and_falls_to_zero() -> None:
-    training = Training(lr=0.3, schedule="one-cycle")
+@pytest.mark.parametrize("warmup", [0.05, 0.2])
+def test_a_one_cycle_rate_rises_from_zero_to_its_peak_and_falls_to_zero(warmup: float) -> None:
+    training = Training(lr=0.3, schedule="one-cycle", warmup=warmup)
     progress = np.linspace(0, 1, 1001)
     rates = np.array([learning_rate(training, p) for p in progress])
     peak = rates.argmax()
     assert rates[0] == 0
     assert rates[peak] == pytest.approx(0.3, rel=1e-3)
-    assert 0 < progress[peak] <= 0.2
+    assert progress[peak] == pytest.approx(warmup)
     assert (np.diff(rates[: peak + 1]) > 0).all()
     assert (np.diff(rates[peak:]) < 0).all()
     assert rates[-1] == pytest.approx(0, abs=1e-9)
     assert np.abs(np.diff(rates)).max() < 0.01  # no jump
     middle = (progress[peak] + 1) / 2
     assert learning_rate(training, middle) == pytest.approx(0.15, rel=1e-2)  # half a cosine
+
+
+def test_without_warmup_a_one_cycle_rate_starts_at_its_peak() -> None:
+    assert learning_rate(Training(lr=0.3, schedule="one-cycle", warmup=0), 0) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -215,6 +220,7 @@ def test_a_one_cycle_rate_rises_from_zero_to_its_peak_and_falls_to_zero() -> Non
         ({"num_epochs": 0}, "expected num_epochs between 1 and 100000, found 0"),
         ({"lr": 0.0}, "expected lr between 1e-08 and 1, found 0"),
         ({"lr": float("nan")}, "expected lr between 1e-08 and 1, found nan"),
+        ({"warmup": 1.0}, "expected warmup between 0 and 0.9, found 1"),
         ({"weight_decay": -0.1}, "expected weight_decay between 0 and 1, found -0.1"),
     ],
 )

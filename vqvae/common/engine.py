@@ -31,7 +31,6 @@ from vqvae.common.logs import RunLog
 
 LOG_EVERY = 50  # steps between readings of the losses; each reading waits for the device
 SAVE_EVERY_S = 60.0  # what a kill may cost
-WARMUP = 0.05  # share of a one-cycle run in which the rate rises
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Training:
     num_epochs: int = 10
     lr: float = 2e-4
     schedule: Literal["constant", "one-cycle"] = "constant"
+    warmup: float = 0.05  # share of a one-cycle run in which the rate rises
     weight_decay: float = 0.0
     mixed_precision: bool = False  # convolutions in bfloat16, on a device that multiplies it faster than float32
 
@@ -49,6 +49,7 @@ class Training:
         require_range("batch_size", self.batch_size, 1, 65536)
         require_range("num_epochs", self.num_epochs, 1, 100_000)
         require_range("lr", self.lr, 1e-8, 1)
+        require_range("warmup", self.warmup, 0, 0.9)
         require_range("weight_decay", self.weight_decay, 0, 1)
 
 
@@ -147,9 +148,9 @@ def learning_rate(training: Training, progress: float) -> float:
     """The rate at `progress` in 0..1 of the run: constant, or a linear rise and then a half cosine to 0."""
     if training.schedule == "constant":
         return training.lr
-    if progress < WARMUP:
-        return training.lr * progress / WARMUP
-    return training.lr * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+    if progress < training.warmup:
+        return training.lr * progress / training.warmup
+    return training.lr * 0.5 * (1 + math.cos(math.pi * (progress - training.warmup) / (1 - training.warmup)))
 
 
 def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
