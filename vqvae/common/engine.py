@@ -72,7 +72,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for products of bfloat16; without them they are slower than float32's."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
