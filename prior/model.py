@@ -67,10 +67,14 @@ class GatedLayer(nn.Module):
         return v, h
 
     def _dropped(self, x: Tensor) -> Tensor:
-        """Dropout, from a float32 for each element: F.dropout draws doubles, which takes twice the time on a CPU."""
+        """Dropout from 16 random bits an element: F.dropout draws a double, several times slower on a CPU."""
         if not self.training or self.dropout == 0:
             return x
-        return x * ((torch.rand_like(x) >= self.dropout) / (1 - self.dropout))
+        batch, channels, height, width = x.shape
+        words = torch.empty(batch, height, width, -(-channels // 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)[..., :channels].permute(0, 3, 1, 2)  # channels_last
+        kept = bits >= round((self.dropout - 0.5) * 2**16)
+        return x * (kept / (1 - self.dropout)).to(x.dtype)
 
 
 def gate(features: Tensor, dim: int = 1) -> Tensor:
@@ -129,6 +133,8 @@ class GatedPixelCNN(nn.Module):
         if labels is None:
             labels = torch.full((len(indices),), NO_LABEL, device=indices.device)
         embedded = self.embedding(indices).permute(0, 3, 1, 2)  # channels_last already
+        if torch.is_autocast_enabled(embedded.device.type):
+            embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))  # else each layer would
         v = F.pad(embedded, (0, 0, 1, 0))[:, :, :-1]  # the shift down: (i, j) holds the code above it
         h = F.pad(embedded, (1, 0))[:, :, :, :-1]  # the shift right: (i, j) holds the code left of it
         for layer in self.layers:

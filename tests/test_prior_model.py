@@ -161,16 +161,36 @@ def test_the_gate_is_tanh_times_sigmoid() -> None:
     assert gate(features).shape == (1, 1, 1001)
 
 
-def test_dropout_keeps_its_share_scaled_so_that_the_mean_stays_and_nothing_is_dropped_in_eval() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_dropout_keeps_its_share_scaled_so_that_the_mean_stays_and_nothing_is_dropped_in_eval(
+    dtype: torch.dtype, share: float
+) -> None:
     torch.manual_seed(0)
-    layer = GatedLayer(4, dropout=0.3)
-    x = torch.ones(50, 4, 40, 50, requires_grad=True)
+    layer = GatedLayer(7, dropout=share)
+    x = torch.ones(30, 7, 40, 50, dtype=dtype, requires_grad=True)
     dropped = layer._dropped(x)
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert (dropped == 0).double().mean() == pytest.approx(0.3, abs=0.004)  # five standard deviations are 0.0036
+    assert dropped.dtype == dtype
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / (1 - share)], rel=4e-3)
+    for dim in range(4):  # of every sample, channel, row and column alike
+        zeros = (dropped == 0).double().transpose(0, dim).flatten(1).mean(1)
+        five_deviations = 5 * (share * (1 - share) * len(zeros) / x.numel()) ** 0.5
+        assert (zeros - share).abs().max() < five_deviations
     dropped.sum().backward()
     assert torch.equal(x.grad, dropped)
     assert layer.eval()._dropped(x) is x
+
+
+@torch.no_grad()
+def test_under_autocast_the_logits_are_bfloat16s_rounding_of_those_without() -> None:
+    torch.manual_seed(0)
+    network = GatedPixelCNN(PriorConfig(width=16), 32, (7, 7)).eval()
+    maps, labels = torch.randint(32, (10, 7, 7)), torch.arange(10)
+    exact = network(maps, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(maps, labels)
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("training", [False, True])

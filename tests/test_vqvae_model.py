@@ -9,7 +9,7 @@ from vqvae.common.data import load_test, to_model_range
 from vqvae.common.engine import make_optimizer
 from vqvae.common.errors import UserError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
-from vqvae.train import VQVAETraining
+from vqvae.train import VQVAETraining, objective
 
 TINY = {"hidden_size": 4, "k": 8, "width": 8, "num_encoder_blocks": 1, "num_decoder_blocks": 1, "ema_decay": 0.9}
 LEARNING = ["gradient", "ema"]
@@ -174,3 +174,14 @@ def test_weights_saved_on_cuda_load_on_the_cpu(tmp_path: Path, fixture_folder: P
     torch.testing.assert_close(loaded(x).x_hat, expected.x_hat)
     on_cuda, _ = load_vqvae(tmp_path / "vqvae.safetensors", torch.device("cuda"))
     assert {tensor.device.type for tensor in on_cuda.state_dict().values()} == {"cuda"}
+
+
+def test_latents_and_losses_are_float32_under_autocast() -> None:
+    model = VQVAE(VQVAEConfig(hidden_size=4, k=8, width=8))
+    images = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encoder(to_model_range(images)).dtype == torch.bfloat16
+        assert model.latents(to_model_range(images)).dtype == torch.float32
+        terms, x_hat, _ = objective(model, images, VQVAETraining())
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    assert x_hat.dtype == torch.float32
