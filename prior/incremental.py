@@ -2,17 +2,22 @@
 
 What a position needs of the earlier ones is kept: the vertical stack runs once a row, for the whole row, as soon as the
 row above is complete; the horizontal stack and the head run once a position. All convolutions are matrix products here:
-`GatedLayer` in `prior/model.py` is what these must equal. Rows are (W, B, C), so that a position's share lies together.
+`GatedLayer` in `prior/model.py` is what these must equal.
+
+With few maps it is the calls that take time, not the arithmetic. So a layer makes four for a position; what they read
+and write are views made beforehand, and each writes to where the next one reads. A gate is one sigmoid: features are
+`scaled` here, those that tanh takes times -2 (in their weights, and exact), since tanh(f) = 1 - 2 sigmoid(-2 f).
 """
 
-from typing import cast
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from prior.model import GatedLayer, GatedPixelCNN, gate
+from prior.model import GatedLayer, GatedPixelCNN
+from vqvae.common.engine import processor_has
 
 FEWEST_OPERATIONS = 1_000_000  # multiplications of a product from which a call of oneDNN pays
 
@@ -27,85 +32,160 @@ class IncrementalLogits:
 
     def __init__(self, prior: GatedPixelCNN, labels: Tensor) -> None:
         self.embedding = prior.embedding
-        self.layers = [_LayerState(cast(GatedLayer, layer), labels, prior.map_shape[1]) for layer in prior.layers]
-        self.head = [product_of(module) if isinstance(module, nn.Conv2d) else module for module in prior.head]
-        self.zeros = prior.embedding.weight.new_zeros(len(labels), prior.config.width)
+        num, columns, width = len(labels), prior.map_shape[1], prior.config.width
+        zeros = prior.embedding.weight.new_zeros
+        # One more than there are layers: the head reads as a layer does.
+        inputs = [
+            _Inputs(zeros(2, columns + 2, num, width), zeros(num, columns + 1, width))
+            for _ in range(len(prior.layers) + 1)
+        ]
+        self.first, self.last = inputs[0], inputs[-1]
+        scratch = _Scratch(
+            windows=zeros(columns, num, 6 * width),
+            v_gate=_Gate(zeros(columns * num, 2 * width), zeros(columns * num, width + 1).fill_(1)),
+            h_gated=zeros(num, width + 1).fill_(1),
+        )
+        self.layers = [
+            _Layer(cast(GatedLayer, layer), labels, own, following, scratch)
+            for layer, (own, following) in zip(prior.layers, pairwise(inputs), strict=True)
+        ]
+        self.head = [
+            (Product(_matrix(module)), _bias(module)) for module in prior.head if isinstance(module, nn.Conv2d)
+        ]
 
     def __call__(self, indices: Tensor, i: int, j: int) -> Tensor:
         """Logits (B, K) given the codes before (i, j) in indices (B, H, W); the others are not looked at."""
         if j == 0:
-            self.v = self._vertical_stack(indices, i)
-        h = self.embedding(indices[:, i, j - 1]) if j > 0 else self.zeros  # the shift right
+            if i > 0:
+                self.first.v[i % 2].copy_(self.embedding(indices[:, i - 1].T))  # the shift down
+            for layer in self.layers:
+                layer.vertical(i)
+        else:
+            self.first.h[j].copy_(self.embedding(indices[:, i, j - 1]))  # the shift right
         for layer in self.layers:
-            h = layer.horizontal(h, j)
-        features = self.v[j] + h
-        for module in self.head:
-            features = module(features)
+            layer.horizontal(j)
+        features = self.last.v[i % 2][j] + self.last.h[j]
+        for product, bias in self.head:
+            features = product(features.relu_(), plus=bias)
         return features
 
-    def _vertical_stack(self, indices: Tensor, i: int) -> Tensor:
-        """What the vertical stack says of row i (W, B, C)."""
-        if i > 0:
-            v = self.embedding(indices[:, i - 1].T)  # the shift down
-        else:
-            v = self.zeros.expand(indices.shape[2], -1, -1)
-        for layer in self.layers:
-            v = layer.vertical(v)
-        return v
+
+class _Inputs:
+    """What a layer reads, as views of two tensors, zero where nothing has been written.
+
+    Args:
+        v: (2, W + 2, B, C), the vertical stack's even and odd rows, a zero to either side.
+        h: (B, W + 1, C), the horizontal stack's row so far, a zero to its left.
+    """
+
+    def __init__(self, v: Tensor, h: Tensor) -> None:
+        columns = h.shape[1] - 1
+        even, odd = v
+        self.v = (even[1:-1], odd[1:-1])  # (W, B, C), so that what belongs to a position lies together
+        self.windows = [  # for either kind of row six (W, B, C): above and here, each left, middle and right
+            [row[k : k + columns] for row in rows for k in range(3)] for rows in ((odd, even), (even, odd))
+        ]
+        self.h = h[:, 1:].unbind(dim=1)  # (B, C) of each position
+        self.pairs = [h[:, j : j + 2].flatten(1) for j in range(columns)]  # (B, 2C), its left neighbour's before it
 
 
-class _LayerState:
-    """One layer, and what it keeps of the row above and of the position to the left."""
+class _Gate:
+    """The gate of scaled features, with the memory it works in.
 
-    def __init__(self, layer: GatedLayer, labels: Tensor, width: int) -> None:
-        self.v_label, h_label = layer.label(labels).chunk(2, dim=1)
-        self.h_known = h_label + layer.horizontal.bias  # of h's features, before h is
-        self.v_product = Product(
-            rearrange(layer.vertical.weight, "o c rows columns -> o (rows columns c)"), layer.vertical.bias
+    Args:
+        features: (N, 2C), to be written before each call, which overwrites them.
+        out: (N, C + 1); the last column is 1 and stays so, for the bias of the product that follows.
+    """
+
+    def __init__(self, features: Tensor, out: Tensor) -> None:
+        self.features, self.out = features, out
+        self.f, self.g = features.chunk(2, dim=1)
+        self.gated = out[:, :-1]
+
+    def __call__(self) -> Tensor:
+        self.features.sigmoid_()
+        torch.addcmul(self.g, self.f, self.g, value=-2, out=self.gated)
+        return self.out
+
+
+class _Scratch(NamedTuple):
+    """Memory that the layers work in, one after the other."""
+
+    windows: Tensor  # (W, B, 6C)
+    v_gate: _Gate  # of a row
+    h_gated: Tensor  # (B, C + 1), what comes of a position's features
+
+
+class _Layer:
+    """One layer, reading what is its own and writing what the following one reads."""
+
+    def __init__(self, layer: GatedLayer, labels: Tensor, own: _Inputs, following: _Inputs, scratch: _Scratch) -> None:
+        self.own, self.following, self.scratch = own, following, scratch
+        columns, _, width = own.v[0].shape
+        scale = layer.label.weight.new_tensor([-2, 1]).repeat_interleave(width)
+        vertical = rearrange(layer.vertical.weight, "o c rows columns -> o (rows columns c)")
+        horizontal = rearrange(layer.horizontal.weight, "o c 1 columns -> o (columns c)")
+        across = layer.vertical_to_horizontal
+        self.v_product = Product(scale[:, None] * vertical)
+        self.v_to_h = Product(scale[:, None] * _matrix(across) / scale)
+        self.h_product = Product(scale[:, None] * horizontal)
+        self.v_out, self.h_out = (
+            Product(torch.cat([_matrix(out), _bias(out)[:, None]], dim=1))
+            for out in (layer.vertical_out, layer.horizontal_out)
         )
-        self.h_product = Product(rearrange(layer.horizontal.weight, "o c 1 columns -> o (columns c)"))
-        self.v_to_h = product_of(layer.vertical_to_horizontal)
-        self.v_out, self.h_out = product_of(layer.vertical_out), product_of(layer.horizontal_out)
-        self.row_above = layer.vertical.weight.new_zeros(width + 2, len(labels), layer.vertical_out.in_channels)
+        # What of the features is known beforehand. v_to_h, which is not to see v's label, takes it off again.
+        v_label, h_label = (layer.label(labels) * scale.repeat(2)).chunk(2, dim=1)
+        h_known = h_label - v_label @ self.v_to_h.weight.T + scale * (_bias(across) + _bias(layer.horizontal))
+        self.v_known = (v_label + scale * _bias(layer.vertical)).repeat(columns, 1)
+        self.h_known = h_known.repeat(columns, 1)
+        self.towards_h = torch.empty_like(self.h_known)
+        self.h_gates = [_Gate(features, scratch.h_gated) for features in self.towards_h.chunk(columns)]
 
-    def vertical(self, v: Tensor) -> Tensor:
-        """Row i of the vertical stack, (W, B, C) to (W, B, C)."""
-        row = F.pad(v, (0, 0, 0, 0, 1, 1))
-        windows = torch.cat([r[k : k + len(v)] for r in (self.row_above, row) for k in range(3)], dim=2)
-        self.row_above = row
-        features = self.v_product(windows)
-        self.towards_h = self.v_to_h(features) + self.h_known
-        self.left = torch.zeros_like(v[0])
-        return self.v_out(gate(features + self.v_label, dim=2), plus=v)
+    def vertical(self, i: int) -> None:
+        """Row i of the vertical stack, and its part of the horizontal one's features."""
+        row, gate = i % 2, self.scratch.v_gate
+        windows = torch.cat(self.own.windows[row], dim=2, out=self.scratch.windows).flatten(0, 1)
+        self.v_product(windows, plus=self.v_known, out=gate.features)
+        self.v_to_h(gate.features, plus=self.h_known, out=self.towards_h)
+        self.v_out(gate(), plus=self.own.v[row].flatten(0, 1), out=self.following.v[row].flatten(0, 1))
 
-    def horizontal(self, h: Tensor, j: int) -> Tensor:
-        """Column j of the horizontal stack in that row, (B, C) to (B, C)."""
-        pair = torch.cat([self.left, h], dim=1)
-        self.left = h
-        return self.h_out(gate(self.h_product(pair, plus=self.towards_h[j])), plus=h)
+    def horizontal(self, j: int) -> None:
+        """Column j of the horizontal stack in that row."""
+        gate = self.h_gates[j]
+        self.h_product(self.own.pairs[j], plus=gate.features, out=gate.features)
+        self.h_out(gate(), plus=self.own.h[j], out=self.following.h[j])
 
 
 class Product:
-    """x (..., in) to x W^T + b (..., out), without gradients.
+    """x (N, in) to x W^T (N, out) plus something, without gradients.
 
-    Large ones of float32 go to oneDNN: MKL, torch's own way, is half as fast on AMD's AVX-512.
+    Where there is AVX-512, large ones of float32 go to oneDNN: MKL, torch's own way, is half as fast on AMD's.
+
+    Args:
+        weight: W (out, in).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight.contiguous(), bias
-        there = torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.fewest_inputs = FEWEST_OPERATIONS / len(weight) if there else float("inf")
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.contiguous()
+        self.transposed = self.weight.T
+        by_onednn = weight.device.type == "cpu" and weight.dtype == torch.float32 and processor_has("avx512_f")
+        self.fewest_inputs = FEWEST_OPERATIONS / len(weight) if by_onednn else float("inf")
 
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """The product; `plus` (..., out) is added."""
+    def __call__(self, x: Tensor, plus: Tensor, out: Tensor | None = None) -> Tensor:
+        """x W^T + plus (N, out) or (out,), in `out` where there is one, which `plus` may be too."""
         if x.numel() < self.fewest_inputs:
-            out = F.linear(x, self.weight, self.bias)
-            return out if plus is None else out.add_(plus)
-        if plus is None:
-            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, self.bias, "add")
+            return torch.addmm(plus, x, self.transposed, out=out)
+        if plus.ndim == 1:
+            product = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, plus, "none", [], "")
+        else:
+            product = torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, None, "add")
+        return product if out is None else out.copy_(product)
 
 
-def product_of(convolution: nn.Conv2d) -> Product:
-    """What a 1x1 convolution does at each position."""
-    return Product(convolution.weight[:, :, 0, 0], convolution.bias)
+def _matrix(pointwise: nn.Conv2d) -> Tensor:
+    """(out, in) of a 1x1 convolution, which is that product at each position."""
+    return pointwise.weight[:, :, 0, 0]
+
+
+def _bias(convolution: nn.Conv2d) -> Tensor:
+    return cast(Tensor, convolution.bias)

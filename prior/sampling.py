@@ -105,8 +105,10 @@ def sample(
                 for j in range(prior.map_shape[1]):
                     probabilities = adjust(logits_at(indices, i, j), temperature, top_k, top_p)
                     drawn = draw(probabilities, uniforms[:, i, j].to(device))
-                    kept = drawn if given is None else given[rows, i, j].to(device)
-                    indices[:, i, j] = torch.where(kept >= 0, kept, drawn)
+                    if given is not None:
+                        kept = given[rows, i, j].to(device)
+                        drawn = torch.where(kept >= 0, kept, drawn)
+                    indices[:, i, j] = drawn
             progress(num)
     return summed(maps).cpu()  # zero where another process drew
 

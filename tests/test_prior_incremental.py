@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prior import incremental
 from prior.incremental import FEWEST_OPERATIONS, IncrementalLogits, Product
 from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig
 from prior.sampling import guided, plain_logits, sample
@@ -71,18 +72,46 @@ def test_two_that_are_asked_in_turn_keep_apart() -> None:
         assert torch.allclose(both[n](maps[n], i, j), whole[n][:, :, i, j], rtol=0, atol=1e-12)
 
 
+def on_avx512(monkeypatch: pytest.MonkeyPatch, there: bool, fewest_operations: int = FEWEST_OPERATIONS) -> None:
+    """oneDNN computes the same on any processor; where it is the faster one is all that depends on it."""
+    monkeypatch.setattr(incremental, "processor_has", lambda instructions: there)
+    monkeypatch.setattr(incremental, "FEWEST_OPERATIONS", fewest_operations)
+
+
+@pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("num", [1, FEWEST_OPERATIONS // (8 * 24) - 1, FEWEST_OPERATIONS // (8 * 24) + 1])
-@pytest.mark.parametrize("with_bias", [False, True])
 @torch.no_grad()
-def test_a_product_is_the_same_on_both_sides_of_its_threshold(num: int, with_bias: bool) -> None:
+def test_a_product_is_the_same_whichever_library_makes_it(
+    num: int, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_avx512(monkeypatch, there)
     x, weight, plus = (torch.randn(*shape, generator=seeded(0)) for shape in ((num, 8), (24, 8), (num, 24)))
-    bias = torch.randn(24, generator=seeded(1)) if with_bias else None
-    expected = x.double() @ weight.T.double() + (0 if bias is None else bias.double())
-    made = Product(weight, bias)
-    torch.testing.assert_close(made(x).double(), expected, rtol=0, atol=1e-5)
-    kept = plus.clone()
-    torch.testing.assert_close(made(x, plus=plus).double(), expected + kept, rtol=0, atol=1e-5)
+    bias = torch.randn(24, generator=seeded(1))
+    product = Product(weight)
+    expected = x.double() @ weight.T.double()
+    torch.testing.assert_close(product(x, plus=bias).double(), expected + bias, rtol=0, atol=1e-5)
+    kept, out = plus.clone(), torch.empty(num, 24)
+    torch.testing.assert_close(product(x, plus=plus).double(), expected + plus, rtol=0, atol=1e-5)
+    assert product(x, plus=plus, out=out) is out
+    torch.testing.assert_close(out.double(), expected + kept, rtol=0, atol=1e-5)
     assert torch.equal(plus, kept)
+    torch.testing.assert_close(product(x, plus=plus, out=plus).double(), expected + kept, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("map_shape", SHAPES)
+@torch.no_grad()
+def test_the_logits_are_the_same_where_onednn_makes_every_product(
+    map_shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_prior(map_shape, torch.float32)
+    labels = torch.arange(NO_LABEL + 1)
+    maps = random_maps(len(labels), network)
+    both = []
+    for there in (False, True):
+        on_avx512(monkeypatch, there, fewest_operations=0)
+        logits_at = IncrementalLogits(network, labels)
+        both.append([logits_at(maps, i, j) for i, j in positions(network)])
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-5)
 
 
 def given_maps(map_shape: tuple[int, int], share: float) -> Tensor:

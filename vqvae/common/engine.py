@@ -72,8 +72,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for products of bfloat16; without them they are slower than float32's."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return processor_has("avx512_bf16", "amx_bf16")
+
+
+def processor_has(*instructions: str) -> bool:
+    """Whether the CPU has any of these kinds of instructions."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return any(capabilities.get(name, False) for name in instructions)
 
 
 def derive_seed(*keys: int | str) -> int:
