@@ -394,6 +394,17 @@ def test_help_answers_without_importing_torch() -> None:
     assert not {"torch", "torchvision", "numpy", "tensorboard", "scipy", "matplotlib"} & imported
 
 
+def test_sampling_imports_neither_torchvision_nor_the_compiler() -> None:
+    """Each takes more than a second, half of a cold start."""
+    arguments = ["sample", "--mode", "pixelcnn", "--vqvae", VQVAE, "--prior", PRIOR, "--output", "cold.png"]
+    command = [sys.executable, "-X", "importtime", ROOT / "cli.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "wrote cold.png" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "prior.sampling" in imported
+    assert imported.isdisjoint({"torchvision", "torch._dynamo"})
+
+
 def test_a_mistake_ends_a_process_with_status_1_and_one_sentence() -> None:
     command = [sys.executable, ROOT / "cli.py", "sample", "--mode", "gaussian", "--vqvae", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets
 from torchvision.datasets import MNIST
 
 from vqvae.common import data
@@ -295,7 +296,7 @@ def refuse_downloads(patch: pytest.MonkeyPatch, error: Exception, timeouts: list
             raise error
         return MNIST(root, train=train)
 
-    patch.setattr(data, "MNIST", dataset)
+    patch.setattr(torchvision.datasets, "MNIST", dataset)
 
 
 def pip_that_brings(content: bytes | None, commands: list[list[str]]) -> Any:

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vqvae.common.errors import UserError
 from vqvae.common.files import reading, write_atomically
@@ -127,7 +128,7 @@ def load(path: Path, header: Header, build: Callable[[], Model]) -> Model:
     """
     remedy = f"create it anew with: python cli.py train-{header.stage}"
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             model = build()
     except UserError as error:
         raise UserError(f"expected a network's configuration in the header of {path}: {error}") from None
@@ -148,6 +149,16 @@ def load(path: Path, header: Header, build: Callable[[], Model]) -> Model:
             raise UserError(f"expected finite weights in {path}, found {name} with values that are not; {remedy}")
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out torch.nn.init, of which nothing comes without memory; there its normal_ would import torch's compiler,
+    a third of `sample`'s start."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if getattr(function, "__module__", None) == "torch.nn.init" else function(*args, **(kwargs or {}))
 
 
 def save_resume_state(path: Path, state: Mapping[str, Any]) -> None:

