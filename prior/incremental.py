@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from prior.model import GatedLayer, GatedPixelCNN
+from prior.model import GatedLayer, GatedPixelCNN, Pointwise
 from vqvae.common.engine import processor_has
 
 FEWEST_OPERATIONS = 1_000_000  # multiplications of a product from which a call of oneDNN pays
@@ -49,9 +49,8 @@ class IncrementalLogits:
             _Layer(cast(GatedLayer, layer), labels, own, following, scratch)
             for layer, (own, following) in zip(prior.layers, pairwise(inputs), strict=True)
         ]
-        self.head = [
-            (Product(_matrix(module)), _bias(module)) for module in prior.head if isinstance(module, nn.Conv2d)
-        ]
+        pointwise = [module for module in prior.head if isinstance(module, Pointwise)]
+        self.head = [(Product(_matrix(module)), _bias(module)) for module in pointwise]
 
     def __call__(self, indices: Tensor, i: int, j: int) -> Tensor:
         """Logits (B, K) given the codes before (i, j) in indices (B, H, W); the others are not looked at."""
@@ -182,9 +181,9 @@ class Product:
         return product if out is None else out.copy_(product)
 
 
-def _matrix(pointwise: nn.Conv2d) -> Tensor:
-    """(out, in) of a 1x1 convolution, which is that product at each position."""
-    return pointwise.weight[:, :, 0, 0]
+def _matrix(pointwise: Pointwise) -> Tensor:
+    """(out, in), what it multiplies each position by."""
+    return pointwise.weight.flatten(1)
 
 
 def _bias(convolution: nn.Conv2d) -> Tensor:

@@ -175,6 +175,8 @@ class CustomaryLayer(GatedLayer):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__(width, dropout)
+        self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
+        self.vertical_out, self.horizontal_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
         self.vertical = MaskedConv2d(width, 2 * width, (3, 3), axis=2)
         self.horizontal = MaskedConv2d(width, 2 * width, (1, 3), axis=3)
 
@@ -194,6 +196,8 @@ def customary_stage_two(vqvae: VQVAE, config: PriorConfig, num: int, batch_size:
     """The customary prior, and images encoded again for every batch."""
     prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape)
     prior.layers = nn.ModuleList(CustomaryLayer(config.width, config.dropout) for _ in range(config.num_layers))
+    for i in (1, 3):
+        prior.head[i] = nn.Conv2d(prior.head[i].in_channels, prior.head[i].out_channels, 1)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-3)
     batches = loader(num, batch_size)
 
