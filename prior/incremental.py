@@ -40,13 +40,14 @@ class IncrementalLogits:
             for _ in range(len(prior.layers) + 1)
         ]
         self.first, self.last = inputs[0], inputs[-1]
-        scratch = _Scratch(
+        shared = _Shared(
+            scale=torch.cat([zeros(width).fill_(-2), zeros(width).fill_(1)]),
             windows=zeros(columns, num, 6 * width),
             v_gate=_Gate(zeros(columns * num, 2 * width), zeros(columns * num, width + 1).fill_(1)),
             h_gated=zeros(num, width + 1).fill_(1),
         )
         self.layers = [
-            _Layer(cast(GatedLayer, layer), labels, own, following, scratch)
+            _Layer(cast(GatedLayer, layer), labels, own, following, shared)
             for layer, (own, following) in zip(prior.layers, pairwise(inputs), strict=True)
         ]
         pointwise = [module for module in prior.head if isinstance(module, Pointwise)]
@@ -107,9 +108,10 @@ class _Gate:
         return self.out
 
 
-class _Scratch(NamedTuple):
-    """Memory that the layers work in, one after the other."""
+class _Shared(NamedTuple):
+    """What the layers share: how features are scaled, and memory that they work in, one after the other."""
 
+    scale: Tensor  # (2C,)
     windows: Tensor  # (W, B, 6C)
     v_gate: _Gate  # of a row
     h_gated: Tensor  # (B, C + 1), what comes of a position's features
@@ -118,10 +120,9 @@ class _Scratch(NamedTuple):
 class _Layer:
     """One layer, reading what is its own and writing what the following one reads."""
 
-    def __init__(self, layer: GatedLayer, labels: Tensor, own: _Inputs, following: _Inputs, scratch: _Scratch) -> None:
-        self.own, self.following, self.scratch = own, following, scratch
-        columns, _, width = own.v[0].shape
-        scale = layer.label.weight.new_tensor([-2, 1]).repeat_interleave(width)
+    def __init__(self, layer: GatedLayer, labels: Tensor, own: _Inputs, following: _Inputs, shared: _Shared) -> None:
+        self.own, self.following, self.shared = own, following, shared
+        scale = shared.scale
         vertical = rearrange(layer.vertical.weight, "o c rows columns -> o (rows columns c)")
         horizontal = rearrange(layer.horizontal.weight, "o c 1 columns -> o (columns c)")
         across = layer.vertical_to_horizontal
@@ -132,20 +133,21 @@ class _Layer:
             Product(torch.cat([_matrix(out), _bias(out)[:, None]], dim=1))
             for out in (layer.vertical_out, layer.horizontal_out)
         )
-        # What of the features is known beforehand. v_to_h, which is not to see v's label, takes it off again.
+        # What of the features is known beforehand, (B, 2C). v_to_h, which is not to see v's label, takes it off again.
         v_label, h_label = (layer.label(labels) * scale.repeat(2)).chunk(2, dim=1)
-        h_known = h_label - v_label @ self.v_to_h.weight.T + scale * (_bias(across) + _bias(layer.horizontal))
-        self.v_known = (v_label + scale * _bias(layer.vertical)).repeat(columns, 1)
-        self.h_known = h_known.repeat(columns, 1)
-        self.towards_h = torch.empty_like(self.h_known)
-        self.h_gates = [_Gate(features, scratch.h_gated) for features in self.towards_h.chunk(columns)]
+        self.v_known = v_label + scale * _bias(layer.vertical)
+        self.h_known = h_label - v_label @ self.v_to_h.weight.T + scale * (_bias(across) + _bias(layer.horizontal))
+        self.towards_h = torch.empty_like(shared.v_gate.features)
+        self.h_gates = [_Gate(features, shared.h_gated) for features in self.towards_h.split(len(labels))]
 
     def vertical(self, i: int) -> None:
         """Row i of the vertical stack, and its part of the horizontal one's features."""
-        row, gate = i % 2, self.scratch.v_gate
-        windows = torch.cat(self.own.windows[row], dim=2, out=self.scratch.windows).flatten(0, 1)
-        self.v_product(windows, plus=self.v_known, out=gate.features)
-        self.v_to_h(gate.features, plus=self.h_known, out=self.towards_h)
+        row, gate = i % 2, self.shared.v_gate
+        windows = torch.cat(self.own.windows[row], dim=2, out=self.shared.windows)
+        for features, known in ((gate.features, self.v_known), (self.towards_h, self.h_known)):
+            features.view(len(windows), *known.shape).copy_(known)
+        self.v_product(windows.flatten(0, 1), plus=gate.features, out=gate.features)
+        self.v_to_h(gate.features, plus=self.towards_h, out=self.towards_h)
         self.v_out(gate(), plus=self.own.v[row].flatten(0, 1), out=self.following.v[row].flatten(0, 1))
 
     def horizontal(self, j: int) -> None:

@@ -133,10 +133,10 @@ def adjust(logits: Tensor, temperature: float, top_k: int | None, top_p: float) 
 
     Ties at the edge of top-k and top-p go to the lower index.
     """
-    logits = logits.double()
     if temperature != 1:  # less the largest first: the quotient would overflow at the least temperatures
+        logits = logits.double()
         logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
-    probabilities = logits.softmax(dim=1)
+    probabilities = logits.softmax(dim=1, dtype=torch.float64)
     if (top_k is None or top_k >= logits.shape[1]) and top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(dim=1, descending=True, stable=True)

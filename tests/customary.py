@@ -1,0 +1,99 @@
+"""The side that the benchmark compares training with: the same networks trained in the customary way."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import MNIST
+
+from prior.model import GatedLayer, GatedPixelCNN, PriorConfig
+from prior.train import drop_labels
+from vqvae.model import VQVAE
+
+DATA = Path("data")
+
+
+def loader(num: int, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Images the customary way: from a dataset of PIL images, transformed one by one, in worker processes."""
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    digits = Subset(MNIST(str(DATA), transform=transform), range(num))
+    workers = os.cpu_count() or 1
+    return DataLoader(digits, batch_size=batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
+
+
+def customary_stage_one(model: VQVAE, num: int, batch_size: int) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+    batches = loader(num, batch_size)
+
+    def run() -> None:
+        model.train()
+        for x, _ in batches:
+            out = model(x)
+            loss = F.mse_loss(out.x_hat, x) + out.codebook_loss + out.commitment_loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return run
+
+
+class MaskedConv2d(nn.Conv2d):
+    """The customary causal convolution: an odd kernel whose last row or column is multiplied by zero."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int], axis: int) -> None:
+        super().__init__(channels_in, channels_out, kernel, padding=(kernel[0] // 2, kernel[1] // 2))
+        mask = torch.ones(1, 1, *kernel)
+        mask.select(axis, 2).zero_()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+class CustomaryLayer(GatedLayer):
+    """`GatedLayer` with masked 3x3 and 1x3 kernels for its (2, 3) and (1, 2) ones, and torch's dropout and tanh."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__(width, dropout)
+        self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
+        self.vertical_out, self.horizontal_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.vertical = MaskedConv2d(width, 2 * width, (3, 3), axis=2)
+        self.horizontal = MaskedConv2d(width, 2 * width, (1, 3), axis=3)
+
+    def forward(self, v: Tensor, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        v_label, h_label = self.label(labels)[:, :, None, None].chunk(2, dim=1)
+        v_features = self.vertical(F.dropout(v, self.dropout))
+        h_features = self.horizontal(F.dropout(h, self.dropout)) + self.vertical_to_horizontal(v_features)
+        v = v + self.vertical_out(self.gate(v_features + v_label))
+        return v, h + self.horizontal_out(self.gate(h_features + h_label))
+
+    def gate(self, features: Tensor) -> Tensor:
+        f, g = features.chunk(2, dim=1)
+        return torch.tanh(f) * torch.sigmoid(g)
+
+
+def customary_stage_two(vqvae: VQVAE, config: PriorConfig, num: int, batch_size: int) -> Callable[[], None]:
+    """The customary prior, and images encoded again for every batch."""
+    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape)
+    prior.layers = nn.ModuleList(CustomaryLayer(config.width, config.dropout) for _ in range(config.num_layers))
+    for i in (1, 3):
+        prior.head[i] = nn.Conv2d(prior.head[i].in_channels, prior.head[i].out_channels, 1)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=1e-3)
+    batches = loader(num, batch_size)
+
+    def run() -> None:
+        prior.train()
+        for x, labels in batches:
+            with torch.no_grad():
+                indices = vqvae.encode(x)
+            loss = F.cross_entropy(prior(indices, drop_labels(labels, 0.1)), indices)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return run
