@@ -87,9 +87,9 @@ class GatedLayer(nn.Module):
         return x * (kept / (1 - self.dropout)).to(x.dtype)
 
 
-def gate(features: Tensor, dim: int = 1) -> Tensor:
-    """tanh of one half of the channels, which are dimension `dim`, times the sigmoid of the other (eq. 2)."""
-    f, g = features.chunk(2, dim=dim)
+def gate(features: Tensor) -> Tensor:
+    """tanh of one half of the channels, (B, 2C, ...) to (B, C, ...), times the sigmoid of the other (eq. 2)."""
+    f, g = features.chunk(2, dim=1)
     return (2 * torch.sigmoid(2 * f) - 1) * torch.sigmoid(g)  # torch's tanh takes seven times its sigmoid's time
 
 
