@@ -355,12 +355,17 @@ def starting() -> list[Row]:
 def plot(rows: list[Row], path: Path) -> None:
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(4 * len(axes), 3.2), layout="constrained")
-    for panel, axis in zip(figure.subplots(1, len(axes)), axes, strict=True):
+    panels = figure.subplots(1, len(axes), sharey=True)
+    panels[0].set_ylabel("images per second, stage one")
+    for panel, axis in zip(panels, axes, strict=True):
         points = [(row["value"], row["images_per_s"]) for row in rows if row["axis"] == axis]
         panel.loglog(*zip(*points, strict=True), "o-")
-        panel.set(xlabel=axis, ylabel="images per second, stage one")
+        for point in points:
+            panel.annotate(f"{point[1]:,.0f}", point, xytext=(0, 6), textcoords="offset points", ha="center")
+        panel.set_xlabel(axis)
         panel.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
         panel.minorticks_off()
+        panel.margins(0.15, 0.1)
     figure.savefig(path, dpi=100)
 
 
