@@ -1,8 +1,8 @@
 """The prior's logits position by position, each position's work done once (arXiv:1704.06001).
 
 What a position needs of the earlier ones is kept: the vertical stack runs once a row, for the whole row, as soon as the
-row above is complete; the horizontal stack and the head run once a position. All convolutions are matrix products here:
-`GatedLayer` in `prior/model.py` is what these must equal.
+row above is complete; the horizontal stack and the head run once a position. What comes out
+must equal what `GatedLayer` in `prior/model.py` makes.
 
 With few maps it is the calls that take time, not the arithmetic. So a layer makes four for a position; what they read
 and write are views made beforehand, and each writes to where the next one reads. A gate is one sigmoid: features are
@@ -13,10 +13,9 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from prior.model import GatedLayer, GatedPixelCNN, Pointwise
+from prior.model import GatedLayer, GatedPixelCNN, WindowProduct
 from vqvae.common.engine import processor_has
 
 FEWEST_OPERATIONS = 1_000_000  # multiplications of a product from which a call of oneDNN pays
@@ -50,8 +49,8 @@ class IncrementalLogits:
             _Layer(cast(GatedLayer, layer), labels, own, following, shared)
             for layer, (own, following) in zip(prior.layers, pairwise(inputs), strict=True)
         ]
-        pointwise = [module for module in prior.head if isinstance(module, Pointwise)]
-        self.head = [(Product(_matrix(module)), _bias(module)) for module in pointwise]
+        products = [module for module in prior.head if isinstance(module, WindowProduct)]
+        self.head = [(Product(module.matrix), _bias(module)) for module in products]
 
     def __call__(self, indices: Tensor, i: int, j: int) -> Tensor:
         """Logits (B, K) given the codes before (i, j) in indices (B, H, W); the others are not looked at."""
@@ -123,14 +122,12 @@ class _Layer:
     def __init__(self, layer: GatedLayer, labels: Tensor, own: _Inputs, following: _Inputs, shared: _Shared) -> None:
         self.own, self.following, self.shared = own, following, shared
         scale = shared.scale
-        vertical = rearrange(layer.vertical.weight, "o c rows columns -> o (rows columns c)")
-        horizontal = rearrange(layer.horizontal.weight, "o c 1 columns -> o (columns c)")
         across = layer.vertical_to_horizontal
-        self.v_product = Product(scale[:, None] * vertical)
-        self.v_to_h = Product(scale[:, None] * _matrix(across) / scale)
-        self.h_product = Product(scale[:, None] * horizontal)
+        self.v_product = Product(scale[:, None] * layer.vertical.matrix)
+        self.v_to_h = Product(scale[:, None] * across.matrix / scale)
+        self.h_product = Product(scale[:, None] * layer.horizontal.matrix)
         self.v_out, self.h_out = (
-            Product(torch.cat([_matrix(out), _bias(out)[:, None]], dim=1))
+            Product(torch.cat([out.matrix, _bias(out)[:, None]], dim=1))
             for out in (layer.vertical_out, layer.horizontal_out)
         )
         # What of the features is known beforehand, (B, 2C). v_to_h, which is not to see v's label, takes it off again.
@@ -183,10 +180,5 @@ class Product:
         return product if out is None else out.copy_(product)
 
 
-def _matrix(pointwise: Pointwise) -> Tensor:
-    """(out, in), what it multiplies each position by."""
-    return pointwise.weight.flatten(1)
-
-
-def _bias(convolution: nn.Conv2d) -> Tensor:
+def _bias(convolution: WindowProduct) -> Tensor:
     return cast(Tensor, convolution.bias)

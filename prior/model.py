@@ -17,9 +17,11 @@ and leave through a softmax over K instead of 256 intensities; the first layer's
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vqvae.common import checkpoint
@@ -45,33 +47,61 @@ class PriorConfig:
         require_range("dropout", self.dropout, 0, 0.9)
 
 
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution, (B, C, H, W) to (B, D, H, W), as the matrix product it is: a CPU trains a tenth faster."""
+class WindowProduct(nn.Conv2d):
+    """A convolution as the matrix product that it is: of windows (B, H, W, R*S*C), for an RxS kernel of C channels, to
+    (B, H, W, D). A CPU trains faster so than by convolutions, whose weights' gradients are slow."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, 1)
+    @property
+    def matrix(self) -> Tensor:
+        """(D, R*S*C)."""
+        return rearrange(self.weight, "d c rows columns -> d (rows columns c)")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+    def forward(self, windows: Tensor) -> Tensor:
+        return F.linear(windows, self.matrix, self.bias)
+
+
+class VerticalWindows(torch.autograd.Function):
+    """x (B, H, W, C) to (B, H, W, 6C): of each position the row above and its own, each left, middle and right, and
+    zeros outside. The gradient is added up in one place, where autograd would make six."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 1, 1, 1, 0))
+        return torch.cat(_six_shifts(padded), dim=3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        padded = F.pad(torch.zeros_like(grad[..., : grad.shape[3] // 6]), (0, 0, 1, 1, 1, 0))
+        for shifted, part in zip(_six_shifts(padded), grad.chunk(6, dim=3), strict=True):
+            shifted += part
+        return padded[:, 1:, 1:-1]
+
+
+def _six_shifts(padded: Tensor) -> list[Tensor]:
+    """Views (B, H, W, C) of (B, H + 1, W + 2, C)."""
+    height, width = padded.shape[1] - 1, padded.shape[2] - 2
+    return [padded[:, i : i + height, j : j + width] for i in range(2) for j in range(3)]
 
 
 class GatedLayer(nn.Module):
-    """One layer of both stacks: (v, h) to (v, h), each (B, C, H, W); eq. 2 conditioned as in eq. 4."""
+    """One layer of both stacks: (v, h) to (v, h), each (B, H, W, C); eq. 2 conditioned as in eq. 4."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.vertical = nn.Conv2d(width, 2 * width, (2, 3))
-        self.horizontal = nn.Conv2d(width, 2 * width, (1, 2))
-        self.vertical_to_horizontal = Pointwise(2 * width, 2 * width)
-        self.vertical_out = Pointwise(width, width)
-        self.horizontal_out = Pointwise(width, width)
+        self.vertical = WindowProduct(width, 2 * width, (2, 3))
+        self.horizontal = WindowProduct(width, 2 * width, (1, 2))
+        self.vertical_to_horizontal = WindowProduct(2 * width, 2 * width, 1)
+        self.vertical_out = WindowProduct(width, width, 1)
+        self.horizontal_out = WindowProduct(width, width, 1)
         self.label = nn.Embedding(NUM_CLASSES + 1, 4 * width)
         self.dropout = dropout
 
     def forward(self, v: Tensor, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        v_label, h_label = self.label(labels)[:, :, None, None].chunk(2, dim=1)
-        v_features = self.vertical(F.pad(self._dropped(v), (1, 1, 1, 0)))  # the row above, both sides
-        h_features = self.horizontal(F.pad(self._dropped(h), (1, 0))) + self.vertical_to_horizontal(v_features)
+        v_label, h_label = self.label(labels)[:, None, None].chunk(2, dim=3)
+        v_features = self.vertical(VerticalWindows.apply(self._dropped(v)))
+        here = self._dropped(h)
+        pairs = torch.cat([to_the_right(here), here], dim=3)
+        h_features = self.horizontal(pairs) + self.vertical_to_horizontal(v_features)
         v = v + self.vertical_out(gate(v_features + v_label))
         h = h + self.horizontal_out(gate(h_features + h_label))
         return v, h
@@ -80,17 +110,22 @@ class GatedLayer(nn.Module):
         """Dropout from 16 random bits an element: F.dropout draws a double, several times slower on a CPU."""
         if not self.training or self.dropout == 0:
             return x
-        batch, channels, height, width = x.shape
-        words = torch.empty(batch, height, width, -(-channels // 4), dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None).view(torch.int16)[..., :channels].permute(0, 3, 1, 2)  # channels_last
+        channels = x.shape[-1]
+        words = torch.empty(*x.shape[:-1], -(-channels // 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)[..., :channels]
         kept = bits >= round((self.dropout - 0.5) * 2**16)
         return x * (kept / (1 - self.dropout)).to(x.dtype)
 
 
 def gate(features: Tensor) -> Tensor:
-    """tanh of one half of the channels, (B, 2C, ...) to (B, C, ...), times the sigmoid of the other (eq. 2)."""
-    f, g = features.chunk(2, dim=1)
+    """tanh of one half of the channels, (..., 2C) to (..., C), times the sigmoid of the other (eq. 2)."""
+    f, g = features.chunk(2, dim=-1)
     return (2 * torch.sigmoid(2 * f) - 1) * torch.sigmoid(g)  # torch's tanh takes seven times its sigmoid's time
+
+
+def to_the_right(x: Tensor) -> Tensor:
+    """(B, H, W, C) moved by one column, zeros in the first."""
+    return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
 
 
 class GatedPixelCNN(nn.Module):
@@ -120,9 +155,9 @@ class GatedPixelCNN(nn.Module):
         self.layers = nn.ModuleList(GatedLayer(config.width, config.dropout) for _ in range(config.num_layers))
         self.head = nn.Sequential(
             nn.ReLU(),
-            Pointwise(config.width, 2 * config.width),
+            WindowProduct(config.width, 2 * config.width, 1),
             nn.ReLU(),
-            Pointwise(2 * config.width, num_codes),
+            WindowProduct(2 * config.width, num_codes, 1),
         )
 
     @property
@@ -142,14 +177,15 @@ class GatedPixelCNN(nn.Module):
             raise ValueError(f"expected maps of shape {self.map_shape}, found {tuple(indices.shape[1:])}")
         if labels is None:
             labels = torch.full((len(indices),), NO_LABEL, device=indices.device)
-        embedded = self.embedding(indices).permute(0, 3, 1, 2)  # channels_last already
+        embedded = self.embedding(indices)
         if torch.is_autocast_enabled(embedded.device.type):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))  # else each layer would
-        v = F.pad(embedded, (0, 0, 1, 0))[:, :, :-1]  # the shift down: (i, j) holds the code above it
-        h = F.pad(embedded, (1, 0))[:, :, :, :-1]  # the shift right: (i, j) holds the code left of it
+        v = F.pad(embedded, (0, 0, 0, 0, 1, 0))[:, :-1]  # the shift down: (i, j) holds the code above it
+        h = to_the_right(embedded)  # (i, j) holds the code left of it
         for layer in self.layers:
             v, h = layer(v, h, labels)
-        return self.head(v + h)
+        logits: Tensor = self.head(v + h)
+        return logits.movedim(3, 1)
 
 
 def load_prior(

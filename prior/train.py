@@ -101,7 +101,7 @@ def train_prior(
     del splits
     reference = baselines(train, validation, vqvae.config.k)
     torch.manual_seed(seed)
-    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(device).to(memory_format=torch.channels_last)
+    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(device)
     settings = {**asdict(config), **asdict(training), "seed": seed, "vqvae": vqvae_header.fingerprint}
     path = output_folder / "prior.safetensors"
 

@@ -181,7 +181,7 @@ def stage_one_run(
 
 def stage_two_run(prior: GatedPixelCNN, settings: PriorTraining, codes: Codes) -> Side:
     """The training of a prior such as this one."""
-    model = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape).to(memory_format=torch.channels_last)
+    model = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape)
     return our_training(
         model,
         (codes.indices, codes.labels),
@@ -256,9 +256,8 @@ def stage_one_step(config: VQVAEConfig, batch: int, channels_last: bool = True, 
     return one_step(model, lambda: vqvae_objective(model, images, settings)[0]["total"], **options)
 
 
-def stage_two_step(prior: GatedPixelCNN, batch: int, channels_last: bool = True, **options: bool) -> Side:
+def stage_two_step(prior: GatedPixelCNN, batch: int, **options: bool) -> Side:
     model = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape)
-    model = model.to(memory_format=torch.channels_last) if channels_last else model
     maps, labels = torch.randint(prior.num_codes, (batch, *prior.map_shape)), torch.arange(batch) % 10
     return one_step(model, lambda: prior_objective(model, maps, labels)["nats_per_code"], **options)
 
@@ -268,7 +267,7 @@ def variants(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
     rows = []
     for stage, step in (("one", partial(stage_one_step, config, 64)), ("two", partial(stage_two_step, prior, 64))):
         others = {
-            "default memory format": step(channels_last=False),
+            **({"default memory format": stage_one_step(config, 64, channels_last=False)} if stage == "one" else {}),
             "unfused optimiser": step(fused=False),
             "torch.compile": step(compiled=True),
             **{precision: step(mixed=True) for precision, mixed in PRECISIONS.items() if mixed},

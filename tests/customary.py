@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
-from prior.model import GatedLayer, GatedPixelCNN, PriorConfig
+from prior.model import NO_LABEL, PriorConfig
 from prior.train import drop_labels
 from vqvae.model import VQVAE
 
@@ -55,15 +55,17 @@ class MaskedConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight * self.mask, self.bias)
 
 
-class CustomaryLayer(GatedLayer):
-    """`GatedLayer` with masked 3x3 and 1x3 kernels for its (2, 3) and (1, 2) ones, and torch's dropout and tanh."""
+class CustomaryLayer(nn.Module):
+    """`GatedLayer` by convolutions of (B, C, H, W), masked 3x3 and 1x3 ones for its stacks, torch's dropout, tanh."""
 
     def __init__(self, width: int, dropout: float) -> None:
-        super().__init__(width, dropout)
-        self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
-        self.vertical_out, self.horizontal_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        super().__init__()
         self.vertical = MaskedConv2d(width, 2 * width, (3, 3), axis=2)
         self.horizontal = MaskedConv2d(width, 2 * width, (1, 3), axis=3)
+        self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
+        self.vertical_out, self.horizontal_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.label = nn.Embedding(NO_LABEL + 1, 4 * width)
+        self.dropout = dropout
 
     def forward(self, v: Tensor, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         v_label, h_label = self.label(labels)[:, :, None, None].chunk(2, dim=1)
@@ -77,12 +79,30 @@ class CustomaryLayer(GatedLayer):
         return torch.tanh(f) * torch.sigmoid(g)
 
 
+class CustomaryPrior(nn.Module):
+    """`GatedPixelCNN` of such layers."""
+
+    def __init__(self, config: PriorConfig, num_codes: int) -> None:
+        super().__init__()
+        width = config.width
+        self.embedding = nn.Embedding(num_codes, width)
+        self.layers = nn.ModuleList(CustomaryLayer(width, config.dropout) for _ in range(config.num_layers))
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, num_codes, 1)
+        )
+
+    def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
+        embedded = self.embedding(indices).permute(0, 3, 1, 2)
+        v = F.pad(embedded, (0, 0, 1, 0))[:, :, :-1]
+        h = F.pad(embedded, (1, 0))[:, :, :, :-1]
+        for layer in self.layers:
+            v, h = layer(v, h, labels)
+        return self.head(v + h)
+
+
 def customary_stage_two(vqvae: VQVAE, config: PriorConfig, num: int, batch_size: int) -> Callable[[], None]:
     """The customary prior, and images encoded again for every batch."""
-    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape)
-    prior.layers = nn.ModuleList(CustomaryLayer(config.width, config.dropout) for _ in range(config.num_layers))
-    for i in (1, 3):
-        prior.head[i] = nn.Conv2d(prior.head[i].in_channels, prior.head[i].out_channels, 1)
+    prior = CustomaryPrior(config, vqvae.config.k)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-3)
     batches = loader(num, batch_size)
 

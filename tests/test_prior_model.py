@@ -154,11 +154,11 @@ def test_a_map_of_another_shape_or_with_an_unknown_code_is_an_error() -> None:
 
 
 def test_the_gate_is_tanh_times_sigmoid() -> None:
-    features = torch.linspace(-20, 20, 1001).repeat(2, 1).reshape(1, 2, 1001)
-    features = torch.cat([features[:, :1], features[:, 1:].flip(2)], dim=1)
-    f, g = features.double().chunk(2, dim=1)
+    values = torch.linspace(-20, 20, 1001)
+    features = torch.stack([values, values.flip(0)], dim=1)[None]
+    f, g = features.double().chunk(2, dim=2)
     torch.testing.assert_close(gate(features).double(), f.tanh() * g.sigmoid(), rtol=0, atol=3e-7)
-    assert gate(features).shape == (1, 1, 1001)
+    assert gate(features).shape == (1, 1001, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
