@@ -71,7 +71,8 @@ class VerticalWindows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        padded = F.pad(torch.zeros_like(grad[..., : grad.shape[3] // 6]), (0, 0, 1, 1, 1, 0))
+        batch, height, width, channels = grad.shape
+        padded = grad.new_zeros(batch, height + 1, width + 2, channels // 6)
         for shifted, part in zip(_six_shifts(padded), grad.chunk(6, dim=3), strict=True):
             shifted += part
         return padded[:, 1:, 1:-1]

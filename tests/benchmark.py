@@ -270,9 +270,7 @@ def variants(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
         if stage == "one":
             others["default memory format"] = stage_one_step(config, 64, channels_last=False)
             others["torch.compile"] = step(compiled=True)  # takes half a minute, and gave stage two as little
-        others |= {
-            **{precision: step(mixed=True) for precision, mixed in PRECISIONS.items() if mixed},
-        }
+        others |= {precision: step(mixed=True) for precision, mixed in PRECISIONS.items() if mixed}
         seconds = in_turn({"ours": step(), **others})
         rows += [ratio(f"stage {stage}, a step: {name} over ours", seconds[name], seconds["ours"]) for name in others]
         threads = torch.get_num_threads()

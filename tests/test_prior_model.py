@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.model import NO_LABEL, GatedLayer, GatedPixelCNN, PriorConfig, gate, load_prior
+from prior.model import (
+    NO_LABEL,
+    GatedLayer,
+    GatedPixelCNN,
+    PriorConfig,
+    VerticalWindows,
+    gate,
+    load_prior,
+    to_the_right,
+)
 from vqvae.common import checkpoint
 from vqvae.common.errors import UserError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
@@ -151,6 +160,26 @@ def test_a_map_of_another_shape_or_with_an_unknown_code_is_an_error() -> None:
         prior(torch.zeros(1, 3, 2, dtype=torch.int64))
     with pytest.raises(IndexError):
         prior(torch.full((1, 2, 3), prior.num_codes))
+
+
+def test_products_of_windows_are_the_convolutions_and_so_are_their_gradients() -> None:
+    torch.manual_seed(0)
+    layer = GatedLayer(3, dropout=0.0).double()
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    one_side = torch.cat([to_the_right(x), x], dim=3)
+    for convolution, windows, padding in (
+        (layer.vertical, VerticalWindows.apply(x), (1, 1, 1, 0)),  # the row above, both sides
+        (layer.horizontal, one_side, (1, 0)),  # the left
+        (layer.vertical_out, x, (0, 0)),
+    ):
+        padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), padding)
+        expected = torch.nn.functional.conv2d(padded, convolution.weight, convolution.bias).permute(0, 2, 3, 1)
+        found = convolution(windows)
+        torch.testing.assert_close(found, expected)
+        leaves = (x, convolution.weight, convolution.bias)
+        direction = torch.randn_like(found)
+        gradients = [torch.autograd.grad((out * direction).sum(), leaves) for out in (found, expected)]
+        torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_the_gate_is_tanh_times_sigmoid() -> None:
