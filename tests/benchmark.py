@@ -144,7 +144,7 @@ def training(train: Split, vqvae: VQVAE, prior: GatedPixelCNN) -> list[Row]:
     }
     rows = against("stage one", customary, sides, num)
     settings_two = PriorTraining(num_epochs=1, batch_size=64)
-    num = 12 * settings_two.batch_size
+    num = 10 * settings_two.batch_size
     codes = extract(vqvae, Split(train.images[:num], train.labels[:num]))
     customary = customary_stage_two(vqvae, prior.config, num, settings_two.batch_size)
     sides = {
