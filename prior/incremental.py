@@ -1,8 +1,8 @@
 """The prior's logits position by position, each position's work done once (arXiv:1704.06001).
 
 What a position needs of the earlier ones is kept: the vertical stack runs once a row, for the whole row, as soon as the
-row above is complete; the horizontal stack and the head run once a position. What comes out
-must equal what `GatedLayer` in `prior/model.py` makes.
+row above is complete; the horizontal stack and the head run once a position. What comes out must equal what
+`GatedLayer` in `prior/model.py` makes.
 
 With few maps it is the calls that take time, not the arithmetic. So a layer makes four for a position; what they read
 and write are views made beforehand, and each writes to where the next one reads. A gate is one sigmoid: features are
@@ -166,7 +166,8 @@ class Product:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.contiguous()
         self.transposed = self.weight.T
-        by_onednn = weight.device.type == "cpu" and weight.dtype == torch.float32 and processor_has("avx512_f")
+        can_have_it = weight.device.type == "cpu" and weight.dtype == torch.float32
+        by_onednn = can_have_it and torch.backends.mkldnn.is_available() and processor_has("avx512_f")
         self.fewest_inputs = FEWEST_OPERATIONS / len(weight) if by_onednn else float("inf")
 
     def __call__(self, x: Tensor, plus: Tensor, out: Tensor | None = None) -> Tensor:

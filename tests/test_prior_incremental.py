@@ -98,6 +98,13 @@ def test_a_product_is_the_same_whichever_library_makes_it(
     torch.testing.assert_close(product(x, plus=plus, out=plus).double(), expected + kept, rtol=0, atol=1e-5)
 
 
+def test_onednn_is_left_alone_where_torch_was_built_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_avx512(monkeypatch, True, fewest_operations=0)
+    assert Product(torch.ones(24, 8)).fewest_inputs == 0
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert Product(torch.ones(24, 8)).fewest_inputs == float("inf")
+
+
 @pytest.mark.parametrize("map_shape", SHAPES)
 @torch.no_grad()
 def test_the_logits_are_the_same_where_onednn_makes_every_product(
