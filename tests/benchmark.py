@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,27 +20,25 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from prior.codes import Codes, extract
+from prior.codes import extract
 from prior.incremental import Product
 from prior.model import GatedPixelCNN, load_prior
 from prior.sampling import plain_logits, sample
-from prior.train import PriorTraining, drop_labels
-from prior.train import objective as prior_objective
+from prior.train import PriorTraining
 from tests.customary import DATA, customary_stage_one, customary_stage_two
+from tests.ours import Side, stage_one_run, stage_one_step, stage_two_run, stage_two_step
 from vqvae.common.checkpoint import read_header
 from vqvae.common.config import read_recipe, resolve
 from vqvae.common.data import Split, load_train_and_validation
-from vqvae.common.engine import fit, multiplies_bfloat16
+from vqvae.common.engine import multiplies_bfloat16
 from vqvae.common.runs import SHIPPED, weights_file
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
-from vqvae.predictor import CausalPredictor
 from vqvae.train import VQVAETraining, train_vqvae
 from vqvae.train import evaluate as evaluate_vqvae
-from vqvae.train import objective as vqvae_objective
 
 BASELINE, TUNED = Path("configs/baseline.toml"), Path("configs/mnist.toml")
 REPEATS = 3
@@ -50,7 +47,6 @@ SHARES = (20, 50)  # the documented recipe's time over what the tuned one is giv
 RATE_IMAGES = 2560
 CPU = torch.device("cpu")
 PRECISIONS = {"float32": False, **({"bfloat16": True} if multiplies_bfloat16(CPU) else {})}
-Side = Callable[[], object]
 Row = dict[str, Any]
 
 
@@ -108,31 +104,6 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
     return rows
 
 
-def our_training(
-    model: nn.Module, data: tuple[Tensor, ...], loss_fn: Callable[..., dict[str, Tensor]], training: Any, seed: int = 0
-) -> Side:
-    """A run of training on the project's own engine, without validation."""
-
-    def run() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            fit(
-                model,
-                data,
-                loss_fn,
-                lambda: {"none": 0.0},
-                lambda figures: None,
-                best_by="none",
-                training=training,
-                seed=seed,
-                folder=Path(folder),
-                unit="samples",
-                settings={},
-                after_epoch=lambda log, epoch, step: None,
-            )
-
-    return run
-
-
 def training(train: Split, vqvae: VQVAE, prior: GatedPixelCNN) -> list[Row]:
     """Both stages on the project's engine against the customary way, the same networks on the same images."""
     documented, settings = VQVAEConfig(), VQVAETraining(num_epochs=1)
@@ -160,34 +131,6 @@ def against(stage: str, customary: Side, sides: dict[str, Side], num: int) -> li
         ratio(f"{stage}, {num} samples: customary over ours in {precision}", seconds["customary"], seconds[precision])
         for precision in sides
     ]
-
-
-def stage_one_run(
-    config: VQVAEConfig, settings: VQVAETraining, train: Split, num: int, seed: int = 0
-) -> tuple[VQVAE, Side]:
-    """A model, and its training on `num` images."""
-    torch.manual_seed(seed)
-    model = VQVAE(config).to(memory_format=torch.channels_last)
-    predictor = CausalPredictor(config.hidden_size, model.map_shape) if settings.predictability > 0 else None
-    trained = nn.ModuleList(network for network in (model, predictor) if network is not None)
-    return model, our_training(
-        trained,
-        (train.images[:num],),
-        lambda images: vqvae_objective(model, images, settings, predictor)[0],
-        settings,
-        seed,
-    )
-
-
-def stage_two_run(prior: GatedPixelCNN, settings: PriorTraining, codes: Codes) -> Side:
-    """The training of a prior such as this one."""
-    model = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape)
-    return our_training(
-        model,
-        (codes.indices, codes.labels),
-        lambda indices, labels: prior_objective(model, indices, drop_labels(labels, settings.label_dropout)),
-        settings,
-    )
 
 
 def documented_error() -> float:
@@ -229,37 +172,6 @@ def time_to_quality(train: Split, validation: Split) -> list[Row]:
 
 def squared_error(model: VQVAE, split: Split) -> float:
     return evaluate_vqvae(model, split, VQVAETraining())["squared_error"]
-
-
-def one_step(
-    model: nn.Module, loss_fn: Callable[[], Tensor], fused: bool = True, compiled: bool = False, mixed: bool = False
-) -> Side:
-    """One step of training on a fixed batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
-    loss_fn = torch.compile(loss_fn) if compiled else loss_fn
-
-    def run() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = loss_fn()
-        loss.backward()
-        optimizer.step()
-
-    return run
-
-
-def stage_one_step(config: VQVAEConfig, batch: int, channels_last: bool = True, **options: bool) -> Side:
-    model = VQVAE(config).train()
-    model = model.to(memory_format=torch.channels_last) if channels_last else model
-    images = torch.randint(256, (batch, 1, config.image_size, config.image_size), dtype=torch.uint8)
-    settings = VQVAETraining()
-    return one_step(model, lambda: vqvae_objective(model, images, settings)[0]["total"], **options)
-
-
-def stage_two_step(prior: GatedPixelCNN, batch: int, **options: bool) -> Side:
-    model = GatedPixelCNN(prior.config, prior.num_codes, prior.map_shape)
-    maps, labels = torch.randint(prior.num_codes, (batch, *prior.map_shape)), torch.arange(batch) % 10
-    return one_step(model, lambda: prior_objective(model, maps, labels)["nats_per_code"], **options)
 
 
 def variants(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
