@@ -25,7 +25,7 @@ class IncrementalLogits:
     """Logits (B, K) at (i, j) of maps that are being drawn, to be asked for in raster order, each position once.
 
     Args:
-        prior: in eval mode.
+        prior: in eval mode; made and called without gradients.
         labels: (B,) int64, digits or NO_LABEL.
     """
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vqvae.common import checkpoint
 from vqvae.common.config import from_dict, require_range
@@ -49,7 +50,8 @@ class PriorConfig:
 
 class WindowProduct(nn.Conv2d):
     """A convolution as the matrix product that it is: of windows (B, H, W, R*S*C), for an RxS kernel of C channels, to
-    (B, H, W, D). A CPU trains faster so than by convolutions, whose weights' gradients are slow."""
+    (B, H, W, D). A CPU trains faster so than by convolutions, whose weights' gradients are slow. The weights stay a
+    convolution's: so they are initialised, decayed and kept in checkpoints."""
 
     @property
     def matrix(self) -> Tensor:
@@ -70,6 +72,7 @@ class VerticalWindows(torch.autograd.Function):
         return torch.cat(_six_shifts(padded), dim=3)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         batch, height, width, channels = grad.shape
         padded = grad.new_zeros(batch, height + 1, width + 2, channels // 6)

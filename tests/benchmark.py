@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prior.codes import extract
 from prior.incremental import Product
-from prior.model import GatedPixelCNN, load_prior
+from prior.model import GatedPixelCNN, PriorConfig, load_prior
 from prior.sampling import plain_logits, sample
 from prior.train import PriorTraining
 from tests.customary import DATA, customary_stage_one, customary_stage_two
-from tests.ours import Side, stage_one_run, stage_one_step, stage_two_run, stage_two_step
+from tests.ours import CPU, Side, stage_one_run, stage_one_step, stage_two_run, stage_two_step
 from vqvae.common.checkpoint import read_header
 from vqvae.common.config import read_recipe, resolve
 from vqvae.common.data import Split, load_train_and_validation
@@ -40,12 +41,11 @@ from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
 from vqvae.train import VQVAETraining, train_vqvae
 from vqvae.train import evaluate as evaluate_vqvae
 
-BASELINE, TUNED = Path("configs/baseline.toml"), Path("configs/mnist.toml")
 REPEATS = 3
+STEPS = 12  # repeats of what takes a single step
 DOCUMENTED = Path("out/documented")
 SHARES = (20, 50)  # the documented recipe's time over what the tuned one is given
 RATE_IMAGES = 2560
-CPU = torch.device("cpu")
 PRECISIONS = {"float32": False, **({"bfloat16": True} if multiplies_bfloat16(CPU) else {})}
 Row = dict[str, Any]
 
@@ -56,10 +56,11 @@ def seconds_of(side: Side) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(sides: dict[str, Side], repeats: int = REPEATS, warm_up: bool = True) -> dict[str, list[float]]:
+def in_turn(sides: dict[str, Side], repeats: int = REPEATS, warm_ups: int = 1) -> dict[str, list[float]]:
     """Seconds of each side, several times, one after the other so that a noisy moment meets them all."""
-    for side in sides.values() if warm_up else ():
-        side()
+    for _ in range(warm_ups):
+        for side in sides.values():
+            side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -98,28 +99,35 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
         seconds = in_turn({"forward": forward, "incremental": draw}, 3 * REPEATS if batch < 500 else REPEATS)
         rows.append(ratio(f"sampling {batch}: over one forward pass", seconds["incremental"], seconds["forward"]))
         if batch < 500:  # all are warm by now, and the plain sampler takes long
-            seconds = in_turn({"plain": lambda: draw(plain_logits), "incremental": draw}, warm_up=False)
+            seconds = in_turn({"plain": lambda: draw(plain_logits), "incremental": draw}, warm_ups=0)
             rows.append(ratio(f"sampling {batch}: plain over incremental", seconds["plain"], seconds["incremental"]))
     torch.set_num_threads(threads)
     return rows
 
 
-def training(train: Split, vqvae: VQVAE, prior: GatedPixelCNN) -> list[Row]:
+def recipe_of(name: str, stage: str) -> tuple[Any, Any]:
+    """The network and the training of one stage in `configs/`."""
+    kinds = {"vqvae": (VQVAEConfig, VQVAETraining), "prior": (PriorConfig, PriorTraining)}
+    config, settings = resolve(kinds[stage], read_recipe(Path("configs") / f"{name}.toml", stage), {})
+    return config, settings
+
+
+def training(train: Split, vqvae: VQVAE) -> list[Row]:
     """Both stages on the project's engine against the customary way, the same networks on the same images."""
-    documented, settings = VQVAEConfig(), VQVAETraining(num_epochs=1)
+    config, settings = recipe_of("baseline", "vqvae")
     num = 20 * settings.batch_size
-    customary = customary_stage_one(VQVAE(documented), num, settings.batch_size)
+    customary = customary_stage_one(VQVAE(config), num, settings.batch_size)
     sides = {
-        precision: stage_one_run(documented, replace(settings, mixed_precision=mixed), train, num)[1]
+        precision: stage_one_run(config, replace(settings, num_epochs=1, mixed_precision=mixed), train.images[:num])[1]
         for precision, mixed in PRECISIONS.items()
     }
     rows = against("stage one", customary, sides, num)
-    settings_two = PriorTraining(num_epochs=1, batch_size=64)
-    num = 10 * settings_two.batch_size
+    config, settings = recipe_of("pretrained", "prior")
+    num = 10 * settings.batch_size
     codes = extract(vqvae, Split(train.images[:num], train.labels[:num]))
-    customary = customary_stage_two(vqvae, prior.config, num, settings_two.batch_size)
+    customary = customary_stage_two(vqvae, config, num, settings.batch_size)
     sides = {
-        precision: stage_two_run(prior, replace(settings_two, mixed_precision=mixed), codes)
+        precision: stage_two_run(config, replace(settings, num_epochs=1, mixed_precision=mixed), codes, vqvae.config.k)
         for precision, mixed in PRECISIONS.items()
     }
     return rows + against("stage two", customary, sides, num)
@@ -135,7 +143,7 @@ def against(stage: str, customary: Side, sides: dict[str, Side], num: int) -> li
 
 def documented_error() -> float:
     """The documented recipe's final squared error on validation, of a run in full, made where there is none yet."""
-    config, settings = resolve((VQVAEConfig, VQVAETraining), read_recipe(BASELINE, "vqvae"), {})
+    config, settings = recipe_of("baseline", "vqvae")
     weights = weights_file(DOCUMENTED, "vqvae")
     wanted = {**asdict(config), **asdict(settings)}.items()
     if not (weights.exists() and wanted <= read_header(weights, "vqvae").recipe.items()):
@@ -147,11 +155,11 @@ def documented_error() -> float:
 def time_to_quality(train: Split, validation: Split) -> list[Row]:
     """The validation error that the tuned recipe comes to in shares of the documented one's time, schedule and all,
     with as many seeds as repeats. That time is of its number of images, each as long as measured here."""
-    recipes = [resolve((VQVAEConfig, VQVAETraining), read_recipe(recipe, "vqvae"), {}) for recipe in (TUNED, BASELINE)]
+    recipes = [recipe_of(name, "vqvae") for name in ("mnist", "baseline")]
     (tuned, settings), (_, documented_settings) = recipes
     tuned_s, documented_s = in_turn(
         {
-            name: stage_one_run(config, replace(settings, num_epochs=1), train, RATE_IMAGES)[1]
+            name: stage_one_run(config, replace(settings, num_epochs=1), train.images[:RATE_IMAGES])[1]
             for name, (config, settings) in zip(("tuned", "documented"), recipes, strict=True)
         }
     ).values()
@@ -161,7 +169,7 @@ def time_to_quality(train: Split, validation: Split) -> list[Row]:
         num = int(documented_settings.num_epochs * len(train.labels) / share / per_image["ratio"])
         errors = []
         for seed in range(REPEATS):
-            model, run = stage_one_run(tuned, replace(settings, num_epochs=1), train, num, seed)
+            model, run = stage_one_run(tuned, replace(settings, num_epochs=1), train.images[:num], seed)
             run()
             errors.append(squared_error(model, validation))
         rows.append(
@@ -174,41 +182,49 @@ def squared_error(model: VQVAE, split: Split) -> float:
     return evaluate_vqvae(model, split, VQVAETraining())["squared_error"]
 
 
-def variants(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
+def shipped_steps() -> dict[str, Callable[..., Side]]:
+    """A step of each stage of the shipped networks, on 64 samples, to be made with one choice or another."""
+    return {
+        "stage one": partial(stage_one_step, *recipe_of("pretrained", "vqvae"), 64),
+        "stage two": partial(stage_two_step, *recipe_of("pretrained", "prior"), 64),
+    }
+
+
+def variants() -> list[Row]:
     """What each choice of the training step gives: the step without it over the step with it."""
     rows = []
-    for stage, step in (("one", partial(stage_one_step, config, 64)), ("two", partial(stage_two_step, prior, 64))):
+    threads = torch.get_num_threads()
+    for stage, step in shipped_steps().items():
         others = {"unfused optimiser": step(fused=False)}
-        if stage == "one":
-            others["default memory format"] = stage_one_step(config, 64, channels_last=False)
+        if stage == "stage one":
+            others["default memory format"] = step(channels_last=False)
             others["torch.compile"] = step(compiled=True)  # takes half a minute, and gave stage two as little
         others |= {precision: step(mixed=True) for precision, mixed in PRECISIONS.items() if mixed}
-        seconds = in_turn({"ours": step(), **others})
-        rows += [ratio(f"stage {stage}, a step: {name} over ours", seconds[name], seconds["ours"]) for name in others]
-        threads = torch.get_num_threads()
-        ours, one_thread = step(), step()
+        seconds = in_turn({"ours": step(), **others}, STEPS, warm_ups=2)
+        rows += [ratio(f"{stage}, a step: {name} over ours", seconds[name], seconds["ours"]) for name in others]
 
-        def alone(run: Side = one_thread, threads: int = threads) -> None:
+        def alone(run: Side) -> None:
             torch.set_num_threads(1)
             run()
             torch.set_num_threads(threads)
 
-        seconds = in_turn({"ours": ours, "alone": alone})
-        rows.append(ratio(f"stage {stage}, a step: one thread over {threads}", seconds["alone"], seconds["ours"]))
+        seconds = in_turn({"ours": step(), "alone": partial(alone, step())}, STEPS)
+        rows.append(ratio(f"{stage}, a step: one thread over {threads}", seconds["alone"], seconds["ours"]))
     return rows
 
 
-def where_time_goes(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
+def where_time_goes() -> list[Row]:
     """Of each stage's step: the share of time in convolutions and matrix products, and the speed over this machine's
     peak, which is that of one large matrix product."""
     a, out = torch.randn(2048, 2048), torch.zeros(2048, 2048)
     with torch.inference_mode():
-        peak = 2 * 2048**3 / statistics.median(in_turn({"product": partial(Product(a), a, plus=out)})["product"])
+        peak = 2 * 2048**3 / statistics.median(in_turn({"product": partial(Product(a), a, plus=out)}, STEPS)["product"])
     rows = []
-    for stage, step in (("one", stage_one_step(config, 64)), ("two", stage_two_step(prior, 64))):
+    for stage, make in shipped_steps().items():
+        step = make()
         with FlopCounterMode(display=False) as counter:
             step()
-        seconds = statistics.median(in_turn({"step": step})["step"])
+        seconds = statistics.median(in_turn({"step": step}, STEPS)["step"])
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(5):
                 step()
@@ -221,7 +237,7 @@ def where_time_goes(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
         speed = counter.get_total_flops() / seconds
         rows.append(
             {
-                "what": f"stage {stage}",
+                "what": stage,
                 "of_peak": speed / peak,
                 "gflops": speed / 1e9,
                 "peak_gflops": peak / 1e9,
@@ -231,20 +247,21 @@ def where_time_goes(config: VQVAEConfig, prior: GatedPixelCNN) -> list[Row]:
     return rows
 
 
-def growth(config: VQVAEConfig) -> list[Row]:
+def growth() -> list[Row]:
     """Images per second of a step of stage one against batch size, code-map size and width."""
+    config, settings = recipe_of("pretrained", "vqvae")
     points = [("batch size", batch, batch, config) for batch in (16, 32, 64, 128, 256)]
     points += [("side of the code map", size // 4, 32, replace(config, image_size=size)) for size in (28, 56, 112)]
     points += [("width", width, 64, replace(config, width=width)) for width in (16, 32, 64, 128)]
     rows = []
     for axis, value, batch, changed in points:
-        seconds = in_turn({"step": stage_one_step(changed, batch)})["step"]
+        seconds = in_turn({"step": stage_one_step(changed, settings, batch)})["step"]
         rows.append({"axis": axis, "value": value, "images_per_s": batch / statistics.median(seconds)})
     return rows
 
 
 def starting() -> list[Row]:
-    """Seconds from a cold start, imports included."""
+    """Seconds of a new process, imports included; the files that it reads are in the system's cache."""
     pair = ["--vqvae", str(weights_file(SHIPPED, "vqvae")), "--prior", str(weights_file(SHIPPED, "prior"))]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -305,11 +322,11 @@ def main() -> None:
         "starting": starting,
         "sampling, one thread": lambda: sampling(prior, 1),
         "sampling": lambda: sampling(prior, torch.get_num_threads()),
-        "training": lambda: training(train, vqvae, prior),
+        "training": lambda: training(train, vqvae),
         "time_to_quality": lambda: time_to_quality(train, validation),
-        "where_time_goes": lambda: where_time_goes(vqvae.config, prior),
-        "variants": lambda: variants(vqvae.config, prior),
-        "growth": lambda: growth(vqvae.config),
+        "where_time_goes": where_time_goes,
+        "variants": variants,
+        "growth": growth,
     }.items():
         started = time.perf_counter()
         results[name] = section()

@@ -101,11 +101,19 @@ def test_cuda_without_a_device_is_an_error_with_a_sentence(monkeypatch: pytest.M
     assert pick_device("cpu") == torch.device("cpu")
 
 
-def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_cuda_where_there_is_one_and_each_process_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto").type == "cuda"
-    assert pick_device("cuda").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("auto") == torch.device("cuda", 0)
     assert pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("cuda") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="expected a CUDA device for each process, found 2; type --nproc-per-node 2"):
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "CPU"])

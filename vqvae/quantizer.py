@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqvae.common.distributed import averaged, from_main, gathered, rank, summed
+from vqvae.common.distributed import averaged, from_main, gathered, rank, summed, world_size
 
 CodebookLearning = Literal["gradient", "ema"]
 
@@ -54,6 +54,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("counts", torch.ones(num_codes))  # average number of vectors a code gets
         self.register_buffer("sums", codebook.clone())  # average sum of them; codebook = sums / counts
         self.register_buffer("initialised", torch.tensor(False))
+        self._started = False  # that `initialised` was read and is true: to read it, a GPU has to wait
 
     counts: Tensor
     sums: Tensor
@@ -70,8 +71,10 @@ class VectorQuantizer(nn.Module):
         self._check(z_e)
         learning = self.training and self.learning == "ema"
         vectors = rearrange(z_e.detach().float(), "b d h w -> (b h w) d") if learning else None
-        if vectors is not None and not self.initialised:
-            self._initialise(vectors)
+        if vectors is not None and not self._started:
+            if not self.initialised:
+                self._initialise(vectors)
+            self._started = True
         indices = self.nearest(z_e)  # steps 1 to 3
         z_q = self.lookup(indices).to(z_e.dtype)  # steps 4 and 5
         codebook_loss = F.mse_loss(z_q, z_e.detach())
@@ -127,12 +130,16 @@ class VectorQuantizer(nn.Module):
         moved = self.sums / self.counts.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
         even_share = counts.mean()
-        dead = (self.counts < RESTART_BELOW * even_share).nonzero().squeeze(1)
-        if len(dead) > 0:
-            dead = dead[: int(counts.sum())]
-            self.codebook[dead] = _draw(vectors, len(dead))
-            self.counts[dead] = even_share
-            self.sums[dead] = self.codebook[dead] * even_share
+        dead = self.counts < RESTART_BELOW * even_share
+        if world_size() > 1 and not dead.any():
+            return
+        # Alone, draw though no code may be dead: to ask first, a GPU would have to wait.
+        nth = dead.cumsum(0)
+        dead &= nth <= counts.sum()
+        fresh = _draw(vectors, self.num_codes)[(nth - 1).clamp(min=0)]
+        self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
+        self.sums.copy_(torch.where(dead[:, None], fresh * even_share, self.sums))
+        self.counts.copy_(torch.where(dead, even_share, self.counts))
 
 
 def _distances(vectors: Tensor, codes: Tensor) -> Tensor:
@@ -142,7 +149,8 @@ def _distances(vectors: Tensor, codes: Tensor) -> Tensor:
 
 def _count_and_sum(vectors: Tensor, chosen: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """How many vectors chose each code (K,), and their sum (K, D)."""
-    counts = torch.bincount(chosen, minlength=num_codes).to(vectors.dtype)
+    ones = vectors.new_ones(len(vectors))
+    counts = vectors.new_zeros(num_codes).index_add_(0, chosen, ones)  # bincount would make a GPU wait
     sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, chosen, vectors)
     return counts, sums
 

@@ -36,6 +36,16 @@ class VQVAETraining(Training):
         require_range("predictability", self.predictability, 0, 10)
 
 
+def networks(
+    config: VQVAEConfig, training: VQVAETraining, device: torch.device
+) -> tuple[VQVAE, CausalPredictor | None, nn.ModuleList]:
+    """A new model, the predictor where the recipe has one, and both as one module, for what trains them."""
+    model = VQVAE(config).to(device).to(memory_format=torch.channels_last)
+    predictable = training.predictability > 0
+    predictor = CausalPredictor(config.hidden_size, model.map_shape).to(device) if predictable else None
+    return model, predictor, nn.ModuleList([model, predictor] if predictor is not None else [model])
+
+
 def objective(
     model: VQVAE, images: Tensor, training: VQVAETraining, predictor: CausalPredictor | None = None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -125,10 +135,7 @@ def train_vqvae(
     with main_first():
         train, validation = (split.to(device) for split in load_train_and_validation(data_folder, download))
     torch.manual_seed(seed)
-    model = VQVAE(config).to(device).to(memory_format=torch.channels_last)
-    predictable = training.predictability > 0
-    predictor = CausalPredictor(config.hidden_size, model.map_shape).to(device) if predictable else None
-    trained = nn.ModuleList(network for network in (model, predictor) if network is not None)
+    model, predictor, both = networks(config, training, device)
     path = output_folder / "vqvae.safetensors"
     settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(train)}
     shown = validation.images[:NUM_SHOWN]
@@ -151,7 +158,7 @@ def train_vqvae(
         log.picture("reconstruction", grid(reconstruct(model, shown)[1]), step)
 
     fit(
-        trained,
+        both,
         (train.images,),
         lambda images: objective(model, images, training, predictor)[0],
         lambda: evaluate(model, validation, training, predictor),

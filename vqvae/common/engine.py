@@ -43,7 +43,7 @@ class Training:
     schedule: Literal["constant", "one-cycle"] = "constant"
     warmup: float = 0.05  # share of a one-cycle run in which the rate rises
     weight_decay: float = 0.0
-    mixed_precision: bool = False  # convolutions in bfloat16, on a device that multiplies it faster than float32
+    mixed_precision: bool = False  # products in bfloat16, where the device multiplies it faster than float32
 
     def __post_init__(self) -> None:
         require_range("batch_size", self.batch_size, 1, 65536)
@@ -54,18 +54,24 @@ class Training:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` (CUDA where there is one), `cpu` or `cuda`.
+    """`auto` (CUDA where there is one), `cpu` or `cuda`, of which each process of a machine takes its own.
 
     Raises:
-        UserError: another name, or CUDA where there is none.
+        UserError: another name, or fewer CUDA devices than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise UserError(f"expected --device auto, cpu or cuda, found {name!r}; type one of the three")
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise UserError("expected a CUDA device for --device cuda, found none; type --device cpu, or --device auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    device, num = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
+    if device.index >= num:
+        raise UserError(f"expected a CUDA device for each process, found {num}; type --nproc-per-node {num}")
+    torch.cuda.set_device(device)  # which seeding and barriers go by
+    return device
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
