@@ -161,6 +161,16 @@ def test_the_indices_are_those_of_the_plain_sampler(map_shape: tuple[int, int], 
     assert torch.equal(drawn, sample(network, 10, seeded(6), logits_from=plain_logits, **told))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_on_cuda_the_indices_are_those_of_the_plain_sampler(options: dict[str, float]) -> None:
+    network, told = make_prior((7, 7)), all_options(options, (7, 7))
+    expected = sample(network, 10, seeded(6), logits_from=plain_logits, **told)
+    assert torch.equal(sample(network.cuda(), 10, seeded(6), **told), expected)
+    assert torch.equal(sample(network, 10, seeded(6), logits_from=plain_logits, **told), expected)
+
+
 def test_at_the_default_size_the_indices_are_those_of_the_plain_sampler() -> None:
     torch.manual_seed(3)
     network = GatedPixelCNN(PriorConfig(), 512, (7, 7))

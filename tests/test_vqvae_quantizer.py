@@ -149,6 +149,17 @@ def test_indices_under_autocast_equal_those_without_it(learning: str) -> None:
     assert not torch.equal((codes.pow(2).sum(1) - 2 * rows @ codes.T).argmin(1), module.nearest(half).flatten())
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("learning", LEARNING)
+def test_on_cuda_indices_under_autocast_are_those_of_the_cpu(learning: str) -> None:
+    module, z_e = layer(learning, 512, 40).eval(), random_latents(4, 40, 7, 7)
+    expected = module(z_e).indices
+    module.cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(module(z_e.cuda()).indices.cpu(), expected)
+
+
 # --- The two latent terms and their gradients
 
 
