@@ -394,6 +394,23 @@ def test_a_layer_that_was_saved_and_loaded_goes_on_as_if_it_had_not_been() -> No
     assert_equal_states(buffers(loaded), buffers(module))
 
 
+@pytest.mark.parametrize("num_vectors", [5, 100])
+def test_restarts_are_the_same_where_nothing_is_asked_first(num_vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, draws = [], []
+    draw = quantizer._draw
+    monkeypatch.setattr(quantizer, "_draw", lambda *args: draws.append(cheap) or draw(*args))
+    for cheap in (True, False):
+        monkeypatch.setattr(quantizer, "_is_cheap_to_read", lambda tensor, cheap=cheap: cheap)
+        torch.manual_seed(0)
+        module = VectorQuantizer(32, 4, "ema", 0.8)
+        for step in range(12):
+            torch.manual_seed(step)
+            module(random_latents(num_vectors, 4, 1, 1, seed=step))
+        states.append(buffers(module))
+    assert 1 < draws.count(True) < 13 == draws.count(False)  # the first draw is the start's
+    assert_equal_states(*states)
+
+
 def test_only_the_first_batch_initialises(monkeypatch: pytest.MonkeyPatch) -> None:
     without_restarts(monkeypatch)
     torch.manual_seed(0)

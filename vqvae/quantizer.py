@@ -131,15 +131,19 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
         even_share = counts.mean()
         dead = self.counts < RESTART_BELOW * even_share
-        if world_size() > 1 and not dead.any():
-            return
-        # Alone, draw though no code may be dead: to ask first, a GPU would have to wait.
-        nth = dead.cumsum(0)
-        dead &= nth <= counts.sum()
+        if _is_cheap_to_read(dead) and not dead.any():
+            return  # else vectors are drawn for codes that may not be dead
+        nth = dead.cumsum(0)  # the nth dead code takes the nth vector drawn
+        dead &= nth <= counts.sum()  # not more codes than vectors
         fresh = _draw(vectors, self.num_codes)[(nth - 1).clamp(min=0)]
         self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
         self.sums.copy_(torch.where(dead[:, None], fresh * even_share, self.sums))
         self.counts.copy_(torch.where(dead, even_share, self.counts))
+
+
+def _is_cheap_to_read(tensor: Tensor) -> bool:
+    """Not so on a GPU, which would have to wait; processes that draw together wait for each other anyway."""
+    return tensor.device.type == "cpu" or world_size() > 1
 
 
 def _distances(vectors: Tensor, codes: Tensor) -> Tensor:
