@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from prior.codes import extract
-from prior.incremental import Product
+from prior.incremental import IncrementalLogits, Product
 from prior.model import GatedPixelCNN, PriorConfig, load_prior
 from prior.sampling import plain_logits, sample
 from prior.train import PriorTraining
@@ -88,9 +88,9 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
         labels = torch.arange(batch) % 10
         maps = torch.randint(prior.num_codes, (batch, *prior.map_shape))
 
-        def draw(logits_from: Any = None, labels: Tensor = labels, batch: int = batch) -> Tensor:
-            options = {} if logits_from is None else {"logits_from": logits_from}
-            return sample(prior, batch, torch.Generator().manual_seed(0), labels=labels, batch_size=batch, **options)
+        def draw(logits_from: Any = IncrementalLogits, labels: Tensor = labels) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return sample(prior, len(labels), generator, labels=labels, batch_size=len(labels), logits_from=logits_from)
 
         @torch.inference_mode()
         def forward(maps: Tensor = maps, labels: Tensor = labels) -> Tensor:
@@ -171,15 +171,11 @@ def time_to_quality(train: Split, validation: Split) -> list[Row]:
         for seed in range(REPEATS):
             model, run = stage_one_run(tuned, replace(settings, num_epochs=1), train.images[:num], seed)
             run()
-            errors.append(squared_error(model, validation))
+            errors.append(evaluate_vqvae(model, validation, settings)["squared_error"])
         rows.append(
             {"what": f"stage one: the tuned recipe, {num} images, 1/{share} of that time", "squared_error": errors}
         )
     return rows
-
-
-def squared_error(model: VQVAE, split: Split) -> float:
-    return evaluate_vqvae(model, split, VQVAETraining())["squared_error"]
 
 
 def shipped_steps() -> dict[str, Callable[..., Side]]:

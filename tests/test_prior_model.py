@@ -172,8 +172,8 @@ def test_products_of_windows_are_the_convolutions_and_so_are_their_gradients() -
         (layer.horizontal, one_side, (1, 0)),  # the left
         (layer.vertical_out, x, (0, 0)),
     ):
-        padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), padding)
-        expected = torch.nn.functional.conv2d(padded, convolution.weight, convolution.bias).permute(0, 2, 3, 1)
+        padded = F.pad(x.permute(0, 3, 1, 2), padding)
+        expected = F.conv2d(padded, convolution.weight, convolution.bias).permute(0, 2, 3, 1)
         found = convolution(windows)
         torch.testing.assert_close(found, expected)
         leaves = (x, convolution.weight, convolution.bias)
