@@ -1,0 +1,67 @@
+"""The codes that every mode drew from the shipped weights before the code was reorganised; each seed still draws them.
+
+The prior draws in float64, where two machines' rounding does not change a draw. The Gaussian modes and the encoder work
+in float32; none of the vectors quantised here lies within 5e-5 of a tie between two codes.
+"""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prior.codes import extract
+from prior.model import GatedPixelCNN, load_prior
+from prior.sampling import sample
+from vqvae.common.data import load_test
+from vqvae.gaussian import gaussian_images, gaussian_latents
+from vqvae.model import VQVAE, load_vqvae
+
+SHIPPED = Path(__file__).parents[1] / "checkpoints" / "pretrained"
+NUM = 20
+
+
+def digest(indices: Tensor) -> str:
+    return hashlib.sha256(indices.to(torch.int16).contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[VQVAE, GatedPixelCNN]:
+    cpu = torch.device("cpu")
+    vqvae, header = load_vqvae(SHIPPED / "vqvae.safetensors", cpu)
+    return vqvae, load_prior(SHIPPED / "prior.safetensors", vqvae, header, cpu)[0].double()
+
+
+LABELS = torch.arange(NUM) % 10
+KNOWN = torch.full((NUM, 7, 7), -1).index_fill(1, torch.arange(3), 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        ({"labels": LABELS}, "071bceb0c9899dc5"),
+        ({"labels": LABELS, "guidance": 1.5}, "0fc5020e6b15e5b5"),
+        ({"labels": LABELS, "guidance": 1.5, "temperature": 0.9, "top_k": 100, "top_p": 0.98}, "d66c18b45217a46d"),
+        ({"labels": LABELS, "guidance": 1.5, "given": KNOWN}, "f96f05353bda1c04"),
+        ({}, "c2a2bfe099e7f2d7"),
+    ],
+)
+def test_the_prior_draws_the_recorded_codes(
+    pair: tuple[VQVAE, GatedPixelCNN], options: dict[str, object], recorded: str
+) -> None:
+    assert digest(sample(pair[1], NUM, generator(), **options)) == recorded  # type: ignore[arg-type]
+
+
+def test_the_gaussian_modes_give_the_recorded_codes(pair: tuple[VQVAE, GatedPixelCNN]) -> None:
+    with torch.inference_mode():
+        assert digest(gaussian_latents(pair[0], NUM, generator())) == "f5190fa98aa109c2"
+        assert digest(gaussian_images(pair[0], NUM, generator())) == "fd4ca0fe32746996"
+
+
+def test_real_digits_have_the_recorded_codes(pair: tuple[VQVAE, GatedPixelCNN], fixture_folder: Path) -> None:
+    assert digest(extract(pair[0], load_test(fixture_folder, download=False)).indices[:NUM]) == "5f65fda37244941d"
