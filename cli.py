@@ -1,126 +1,112 @@
-"""The command line: parse, resolve the settings, call one function, say what was written.
+"""The command line: flags in, one call of the library, a report of what was written.
 
-torch is imported by the commands that need it, so that --help answers at once.
+Every command imports what it needs itself, so that --help answers at once.
 """
 
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from typer import Option
 
-from vqvae.common.errors import Interrupted, UserError
-
-if TYPE_CHECKING:
-    import torch
+from vqvae.errors import InputError, Interrupted
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="A VQ-VAE turns digits into 7x7 maps of codes and back; a gated PixelCNN learns to draw such maps.",
+    help="A VQ-VAE turns images into small maps of codes and back; a gated PixelCNN learns to draw such maps.",
 )
 
 RECIPES = Path(__file__).parent / "configs"
-DEFAULT_DATA_FOLDER = Path("data")
+DATA = Path("data")
 
-Config = Annotated[Path, typer.Option(help="TOML recipe; flags override it, it overrides the defaults.")]
-DataFolder = Annotated[Path, typer.Option(help="Where MNIST is, or is to be put.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same result.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")]
-NoDownload = Annotated[bool, typer.Option("--no-download", help="Use the data that is there, or stop.")]
-VQVAEFile = Annotated[
-    Path | None, typer.Option("--vqvae", help="VQ-VAE weights [default: your newest, or the shipped]")
-]
+Config = Annotated[Path, Option(help="TOML recipe; flags override it, it overrides the defaults.")]
+RunFolder = Annotated[Path | None, Option(help="Gets weights and logs [default: the VQ-VAE's or checkpoints/<recipe>]")]
+DataFolder = Annotated[Path, Option(help="Where MNIST is, or is to be put.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: CUDA where there is a device.")]
+Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="The same seed gives the same result.")]
+Resume = Annotated[bool, Option("--resume", help="Go on with the run in the output folder.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the run in the output folder.")]
+Download = Annotated[bool, Option(" /--no-download", show_default=False, help="Use the data that is there, or stop.")]
+CodeDim = Annotated[int | None, Option("--hidden-size", help="Size of the latent vectors [default: the recipe's]")]
+NumCodes = Annotated[int | None, Option("--k", help="Number of codes [default: the recipe's]")]
+Beta = Annotated[float | None, Option(help="Weight of the commitment term, 0.1 to 2.0 [default: the recipe's]")]
+BatchSize = Annotated[int | None, Option(min=1, help="Samples a step [default: the recipe's]")]
+NumEpochs = Annotated[int | None, Option(min=1, help="Passes over the data [default: the recipe's]")]
+LearningRate = Annotated[float | None, Option("--lr", help="Learning rate [default: the recipe's]")]
+VQVAEFile = Annotated[Path | None, Option("--vqvae", help="VQ-VAE weights [default: your newest, or the shipped]")]
+PriorFile = Annotated[Path | None, Option("--prior", help="Prior weights [default: your newest, or the shipped]")]
 ClassifierFile = Annotated[
-    Path | None, typer.Option("--classifier", help="Classifier weights [default: your newest, or the shipped]")
+    Path | None, Option("--classifier", help="Classifier weights [default: your newest, or the shipped]")
 ]
-PriorFile = Annotated[Path | None, typer.Option("--prior", help="Prior weights [default: your newest, or the shipped]")]
+Mode = Annotated[
+    Literal["gaussian", "pixelcnn"], Option(help="Codes picked by unit-Gaussian noise, or drawn from the prior.")
+]
+GaussianInput = Annotated[
+    Literal["latent", "image"] | None,
+    Option(help="gaussian only: z ~ N(0, 1) quantised (the default), or x ~ N(0, 1) through the whole model."),
+]
+NumSamples = Annotated[int, Option(min=1, help="How many images.")]
+Label = Annotated[int | None, Option(min=0, help="pixelcnn only: draw this class.")]
+Labels = Annotated[str | None, Option(help="pixelcnn only: draw these in turn, as 0-9 or 1,3,5 [default: any class]")]
 Guidance = Annotated[
-    float | None,
-    typer.Option(help="How far labels are heeded; 1 is the prior itself [default: 1.5 with labels]"),
+    float | None, Option(min=0, max=100, help="1: the prior; more: nearer the label [default: by validation]")
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Samples a step [default: the recipe's]")]
-NumEpochs = Annotated[int | None, typer.Option(help="Passes over the data [default: the recipe's]")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate [default: the recipe's]")]
+Temperature = Annotated[float | None, Option(help="pixelcnn only: below 1 safer, above 1 wilder.")]
+TopK = Annotated[int | None, Option(min=1, help="pixelcnn only: draw among the k likeliest codes.")]
+TopP = Annotated[float | None, Option(help="pixelcnn only: draw among the likeliest codes of this mass.")]
+Output = Annotated[Path, Option(help=".png for a picture, .npz for arrays.")]
+SplitName = Annotated[Literal["test", "validation"], Option(help="test to report figures, validation to choose by.")]
+AccuracyScore = Annotated[bool, Option("--cas", help="Also the classification accuracy score, by two new classifiers.")]
+ReportFolder = Annotated[Path, Option(help="Gets report.html, metrics.json, the tables and the pictures.")]
 
 
 @app.command()
 def train_vqvae(
-    output_folder: Annotated[
-        Path | None, typer.Option(help="Gets the weights and the logs [default: checkpoints/<recipe>]")
-    ] = None,
-    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    output_folder: RunFolder = None,
+    data_folder: DataFolder = DATA,
     device: Device = "auto",
-    hidden_size: Annotated[int | None, typer.Option(help="Size of the latent vectors [default: the recipe's]")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Number of codes [default: the recipe's]")] = None,
+    code_dim: CodeDim = None,
+    num_codes: NumCodes = None,
     batch_size: BatchSize = None,
     num_epochs: NumEpochs = None,
     lr: LearningRate = None,
-    beta: Annotated[
-        float | None, typer.Option(help="Weight of the commitment term, 0.1 to 2.0 [default: the recipe's]")
-    ] = None,
+    beta: Beta = None,
     config: Config = RECIPES / "mnist.toml",
     seed: Seed = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    no_download: NoDownload = False,
+    download: Download = True,
 ) -> None:
     """Stage one: train the VQ-VAE."""
-    from vqvae.common.config import read_recipe, resolve
-    from vqvae.common.engine import pick_device
-    from vqvae.common.runs import claimed, weights_file
-    from vqvae.model import VQVAEConfig
-    from vqvae.train import VQVAETraining
-    from vqvae.train import train_vqvae as train
+    from vqvae import VQVAEConfig, VQVAETraining
+    from vqvae import train_vqvae as train
+    from vqvae.storage.recipe import read_recipe, resolve
+    from vqvae.storage.runs import folder_for, relative
+    from vqvae.train import summarise
 
-    flags = {
-        "hidden_size": hidden_size,
-        "k": k,
-        "batch_size": batch_size,
-        "num_epochs": num_epochs,
-        "lr": lr,
-        "beta": beta,
-    }
-    model_config, training = resolve((VQVAEConfig, VQVAETraining), read_recipe(config, "vqvae"), flags, config)
-    folder = output_folder or _folder_named_after(config)
-    chosen_device = pick_device(device)
-    with claimed(folder, "vqvae", resume, overwrite):
-        figures = train(
-            model_config,
-            training,
-            seed=seed,
-            data_folder=data_folder,
-            output_folder=folder,
-            device=chosen_device,
-            resume=resume,
-            download=not no_download,
-        )
-    print(
-        f"test: squared error {figures['squared_error']:.5f}, PSNR {figures['psnr_db']:.2f} dB, "
-        f"{figures['codes_used']:.0f} of {model_config.k} codes used, perplexity {figures['perplexity']:.0f}"
-    )
-    written = weights_file(folder, "vqvae")
-    following = ["train-prior", "--vqvae", written, "--config", _relative(config)]
-    _print_written(written, following + _data_flag(data_folder))
+    flags = {"code_dim": code_dim, "num_codes": num_codes, "beta": beta}
+    flags |= {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
+    settings = resolve((VQVAEConfig, VQVAETraining), read_recipe(config, "vqvae"), flags, config)
+    folder = output_folder or folder_for(config)
+    run: dict[str, Any] = {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    figures = train(*settings, data_folder=data_folder, output_folder=folder, download=download, **run)
+    print(f"test: {summarise(figures, settings[0].num_codes)}")
+    written = folder / "vqvae.safetensors"
+    _print_written(written, data_folder, "train-prior", "--vqvae", written, "--config", relative(config))
 
 
 @app.command()
 def train_prior(
     vqvae: VQVAEFile = None,
-    output_folder: Annotated[
-        Path | None,
-        typer.Option(help="Gets the weights and the logs [default: the VQ-VAE's folder, if it is yours]"),
-    ] = None,
-    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    output_folder: RunFolder = None,
+    data_folder: DataFolder = DATA,
     device: Device = "auto",
     batch_size: BatchSize = None,
     num_epochs: NumEpochs = None,
@@ -129,440 +115,234 @@ def train_prior(
     seed: Seed = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    no_download: NoDownload = False,
+    download: Download = True,
 ) -> None:
     """Stage two: train the prior on a VQ-VAE's code maps."""
-    from prior.model import PriorConfig
-    from prior.train import PriorTraining
-    from prior.train import train_prior as train
-    from vqvae.common.config import read_recipe, resolve
-    from vqvae.common.engine import pick_device
-    from vqvae.common.runs import SHIPPED, claimed, describe, find_vqvae, weights_file
+    from prior import PriorConfig, PriorTraining
+    from prior import train_prior as train
+    from prior.train import summarise
+    from vqvae.storage.recipe import read_recipe, resolve
+    from vqvae.storage.runs import describe, find_vqvae, folder_for
 
     flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
-    model_config, training = resolve((PriorConfig, PriorTraining), read_recipe(config, "prior"), flags, config)
-    chosen_device = pick_device(device)
-    vqvae_file = find_vqvae(vqvae)
-    shipped = vqvae_file.resolve().parent == SHIPPED.resolve()
-    folder = output_folder or (_folder_named_after(config) if shipped else vqvae_file.parent)
-    print(f"VQ-VAE: {describe(vqvae_file)}")
-    with claimed(folder, "prior", resume, overwrite):
-        figures = train(
-            model_config,
-            training,
-            vqvae_path=vqvae_file,
-            seed=seed,
-            data_folder=data_folder,
-            output_folder=folder,
-            device=chosen_device,
-            resume=resume,
-            download=not no_download,
-        )
-    print(
-        f"test: {figures['nats_per_code']:.3f} nats per code ({figures['bits_per_image']:.1f} bits an image), "
-        f"{figures['nats_per_code'] / figures['unigram']:.3f} of the per-position unigram's {figures['unigram']:.3f}; "
-        f"uniform {figures['uniform']:.3f}"
-    )
-    written = weights_file(folder, "prior")
-    following = ["sample", "--mode", "pixelcnn", "--vqvae", vqvae_file, "--prior", written, "--labels", "0-9"]
-    following += ["--output", "samples.png"]
-    _print_written(written, following)
+    settings = resolve((PriorConfig, PriorTraining), read_recipe(config, "prior"), flags, config)
+    file = find_vqvae(vqvae)
+    folder = output_folder or folder_for(config, file)
+    print(f"VQ-VAE: {describe(file)}")
+    run: dict[str, Any] = {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    figures = train(*settings, vqvae_path=file, data_folder=data_folder, output_folder=folder, download=download, **run)
+    print(f"test: {summarise(figures)}")
+    written = folder / "prior.safetensors"
+    pair = ("--vqvae", file, "--prior", written)
+    _print_written(written, DATA, "sample", "--mode", "pixelcnn", *pair, "--output", "samples.png")
 
 
 @app.command()
 def train_classifier(
-    output_folder: Annotated[Path, typer.Option(help="Gets the weights and the logs.")] = Path(
-        "checkpoints/classifier"
-    ),
-    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    output_folder: Annotated[Path, Option(help="Gets the weights and the logs.")] = Path("checkpoints/classifier"),
+    data_folder: DataFolder = DATA,
     device: Device = "auto",
-    batch_size: Annotated[int | None, typer.Option(help="Samples a step [default: 128]")] = None,
-    num_epochs: Annotated[int | None, typer.Option(help="Passes over the data [default: 12]")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate [default: 4e-3]")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Samples a step [default: 128]")] = None,
+    num_epochs: Annotated[int | None, Option(min=1, help="Passes over the data [default: 12]")] = None,
+    lr: Annotated[float | None, Option("--lr", help="Learning rate [default: 4e-3]")] = None,
     seed: Seed = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    no_download: NoDownload = False,
+    download: Download = True,
 ) -> None:
-    """Train the digit classifier whose features `evaluate` measures with."""
-    from vqvae.common.classifier import ClassifierConfig, ClassifierTraining
-    from vqvae.common.classifier import train_classifier as train
-    from vqvae.common.config import resolve
-    from vqvae.common.engine import pick_device
-    from vqvae.common.runs import claimed, weights_file
+    """Train the classifier whose features `evaluate` measures with."""
+    from prior.evaluation.classifier import ClassifierConfig
+    from prior.evaluation.classifier_training import ClassifierTraining
+    from prior.evaluation.classifier_training import train_classifier as train
+    from vqvae.storage.recipe import resolve
 
     flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
-    model_config, training = resolve((ClassifierConfig, ClassifierTraining), {}, flags)
-    chosen_device = pick_device(device)
-    with claimed(output_folder, "classifier", resume, overwrite):
-        figures = train(
-            model_config,
-            training,
-            seed=seed,
-            data_folder=data_folder,
-            output_folder=output_folder,
-            device=chosen_device,
-            resume=resume,
-            download=not no_download,
-        )
+    settings = resolve((ClassifierConfig, ClassifierTraining), {}, flags)
+    run: dict[str, Any] = {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    figures = train(*settings, data_folder=data_folder, output_folder=output_folder, download=download, **run)
     print(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
-    written = weights_file(output_folder, "classifier")
-    _print_written(written, ["evaluate", "--classifier", written, *_data_flag(data_folder)])
+    written = output_folder / "classifier.safetensors"
+    _print_written(written, data_folder, "evaluate", "--classifier", written)
 
 
 @app.command()
 def sample(
-    mode: Annotated[
-        str,
-        typer.Option(help="gaussian: codes picked by unit-Gaussian noise. pixelcnn: codes drawn from the prior."),
-    ],
-    gaussian_input: Annotated[
-        str | None,
-        typer.Option(
-            help="gaussian only. latent: z ~ N(0, 1) through the quantiser and the decoder (the default). "
-            "image: x ~ N(0, 1) through the whole model, as the documented grids were made."
-        ),
-    ] = None,
-    num_samples: Annotated[int, typer.Option(help="How many images.")] = 100,
-    label: Annotated[int | None, typer.Option(help="pixelcnn only: draw this digit.")] = None,
-    labels: Annotated[str | None, typer.Option(help="pixelcnn only: draw these in turn, as 0-9 or 1,3,5.")] = None,
+    mode: Mode,
+    gaussian_input: GaussianInput = None,
+    num_samples: NumSamples = 100,
+    label: Label = None,
+    labels: Labels = None,
     guidance: Guidance = None,
-    temperature: Annotated[float | None, typer.Option(help="pixelcnn only: below 1 safer, above 1 wilder.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="pixelcnn only: draw among the k likeliest codes.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="pixelcnn only: draw among the likeliest codes of this mass.")
-    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = 0,
     device: Device = "auto",
-    output: Annotated[Path | None, typer.Option(help=".png for a grid, .npz for arrays [default: <mode>.png]")] = None,
+    output: Annotated[Path | None, Option(help=".png for a grid, .npz for arrays [default: <mode>.png]")] = None,
     vqvae: VQVAEFile = None,
     prior: PriorFile = None,
 ) -> None:
-    """Draw new images, as a 10x10 grid or as arrays."""
-    import torch
+    """Draw new images, as a grid or as arrays."""
+    from vqvae.output import check_output, save_images
 
-    from vqvae.common.engine import pick_device
-    from vqvae.common.runs import describe, find_pair, find_vqvae
-    from vqvae.model import load_vqvae
-    from vqvae.train import decode
-
-    _require_choice("--mode", mode, ("gaussian", "pixelcnn"))
-    output = output or Path(f"{mode}.png")
-    _require_suffix(output)
-    pixelcnn_only = {
-        "--label": label,
-        "--labels": labels,
-        "--guidance": guidance,
-        "--temperature": temperature,
-        "--top-k": top_k,
-        "--top-p": top_p,
-        "--prior": prior,
-    }
-    not_for_mode = {"--gaussian-input": gaussian_input} if mode == "pixelcnn" else pixelcnn_only
-    for flag, value in not_for_mode.items():
-        if value is not None:
-            raise UserError(f"expected no {flag} with --mode {mode}, found {value}; leave it out or change the mode")
-    if num_samples < 1:
-        raise UserError(f"expected --num-samples of at least 1, found {num_samples}; type --num-samples 100")
-    chosen_device = pick_device(device)
-    generator = torch.Generator().manual_seed(seed)
-    drawn_labels = None
+    output = check_output(output or Path(f"{mode}.png"))
+    options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    not_for_mode: dict[str, Any] = {"gaussian_input": gaussian_input}
     if mode == "gaussian":
-        from vqvae.gaussian import gaussian_images, gaussian_latents
+        not_for_mode = {"label": label, "labels": labels, **options, "prior": prior}
+    for name, value in not_for_mode.items():
+        if value is not None:
+            raise InputError(f"expected no `{name}` with `mode={mode}`, found {value}; leave it out or change the mode")
+    if label is not None and labels is not None:
+        raise InputError("expected `label` or `labels`, found both; give one of them")
+    if mode == "gaussian":
+        from vqvae import load
+        from vqvae.gaussian import draw_gaussian
+        from vqvae.storage.runs import describe, find_vqvae
 
-        gaussian_input = gaussian_input or "latent"
-        _require_choice("--gaussian-input", gaussian_input, ("latent", "image"))
-        vqvae_file = find_vqvae(vqvae)
-        model, _ = load_vqvae(vqvae_file, chosen_device)
-        draw = {"latent": gaussian_latents, "image": gaussian_images}[gaussian_input]
-        with torch.inference_mode():
-            indices = draw(model, num_samples, generator)
-        print(f"weights: {describe(vqvae_file)}")
+        file = find_vqvae(vqvae)
+        print(f"weights: {describe(file)}")
+        arrays = draw_gaussian(load(file, device), gaussian_input or "latent", num_samples, seed)
     else:
-        from prior.model import load_prior
-        from prior.sampling import GUIDANCE
-        from prior.sampling import sample as draw_maps
+        from tqdm import tqdm
 
-        if label is not None and labels is not None:
-            raise UserError("expected --label or --labels, found both; type one of them")
-        if label is not None:
-            labels = str(label)
-        scale = guidance if guidance is not None else GUIDANCE if labels is not None else 1.0
-        if labels is not None:
-            cycle = _parse_labels(labels)
-            drawn_labels = torch.tensor([cycle[i % len(cycle)] for i in range(num_samples)])
-        vqvae_file, prior_file = find_pair(vqvae, prior)
-        model, header = load_vqvae(vqvae_file, chosen_device)
-        network, _ = load_prior(prior_file, model, header, chosen_device)
-        print(f"weights: {describe(vqvae_file)} and {describe(prior_file)}")
-        with _progress(num_samples) as bar:
-            indices = draw_maps(
-                network,
-                num_samples,
-                generator,
-                labels=drawn_labels,
-                guidance=scale,
-                temperature=1.0 if temperature is None else temperature,
-                top_k=top_k,
-                top_p=1.0 if top_p is None else top_p,
-                progress=bar.update,
-            )
-    images = decode(model, indices.to(chosen_device))
-    _write(output, images, {"images": images, "indices": indices, "labels": drawn_labels})
+        from prior import load as load_pair
+        from prior.sampling import parse_labels
+        from vqvae.distributed import is_main
+
+        chosen = parse_labels(labels) if labels is not None else None if label is None else [label]
+        pair = load_pair(vqvae, prior, device)
+        print(f"weights: {pair.origin}")
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        with tqdm(total=num_samples, unit="map", dynamic_ncols=True, disable=not is_main()) as bar:
+            arrays = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **given)._asdict()
+    save_images(output, arrays)
+    print(f"wrote {output}")
 
 
 @app.command()
 def reconstruct(
-    num_images: Annotated[int, typer.Option(help="How many test images, from the first on.")] = 100,
-    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    num_images: Annotated[int, Option(min=1, help="How many test images, from the first on.")] = 100,
+    data_folder: DataFolder = DATA,
     device: Device = "auto",
-    output: Annotated[
-        Path, typer.Option(help=".png for two grids (this one and <name>-original.png), .npz for arrays.")
-    ] = Path("reconstruct.png"),
+    output: Output = Path("reconstruct.png"),
     vqvae: VQVAEFile = None,
-    no_download: NoDownload = False,
+    download: Download = True,
 ) -> None:
-    """Pass test images through stage one and back."""
-    from vqvae.common.data import load_test, to_model_range, to_unit_range
-    from vqvae.common.engine import pick_device
-    from vqvae.common.runs import describe, find_vqvae
-    from vqvae.model import load_vqvae
-    from vqvae.train import reconstruct as through_the_model
+    """Pass test images through stage one and back. A picture gets the originals beside it, as <name>-original.png."""
+    from vqvae import load
+    from vqvae.codec import reconstruct_split
+    from vqvae.data.mnist import load_mnist
+    from vqvae.output import check_output, save_reconstructions
+    from vqvae.storage.runs import describe, find_vqvae
 
-    _require_suffix(output)
-    chosen_device = pick_device(device)
-    vqvae_file = find_vqvae(vqvae)
-    model, _ = load_vqvae(vqvae_file, chosen_device)
-    print(f"weights: {describe(vqvae_file)}")
-    test = load_test(data_folder, not no_download)
-    if not 1 <= num_images <= len(test.labels):
-        raise UserError(
-            f"expected --num-images between 1 and {len(test.labels)}, found {num_images}; type --num-images 100"
-        )
-    chosen = test.images[:num_images].to(chosen_device)
-    indices, reconstructions = through_the_model(model, chosen)
-    originals = to_unit_range(to_model_range(chosen)).cpu()
-    arrays = {
-        "images": originals,
-        "reconstructions": reconstructions,
-        "indices": indices.cpu(),
-        "labels": test.labels[:num_images],
-    }
-    if output.suffix == ".png":
-        _write(output.with_name(f"{output.stem}-original.png"), originals, {})
-    _write(output, reconstructions, arrays)
+    check_output(output)
+    file = find_vqvae(vqvae)
+    model = load(file, device)
+    print(f"weights: {describe(file)}")
+    arrays = reconstruct_split(model, load_mnist(data_folder, download).load_test(), num_images)
+    for written in save_reconstructions(output, arrays):
+        print(f"wrote {written}")
 
 
 @app.command()
 def compare(
-    num_samples: Annotated[int, typer.Option(help="Images of each mode, a multiple of 10.")] = 30,
-    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    num_samples: Annotated[int | None, Option(min=1, help="Images of each mode [default: 3 of each class]")] = None,
+    data_folder: DataFolder = DATA,
     device: Device = "auto",
     seed: Seed = 0,
-    output: Annotated[Path, typer.Option(help=".png for the picture, .npz for its arrays.")] = Path("compare.png"),
+    output: Output = Path("compare.png"),
     vqvae: VQVAEFile = None,
     prior: PriorFile = None,
-    no_download: NoDownload = False,
+    download: Download = True,
 ) -> None:
-    """Real digits, reconstructions, both Gaussian baselines and the prior's samples, side by side."""
-    import torch
+    """Real images, reconstructions, both Gaussian baselines and the prior's samples, side by side."""
+    from prior import load
+    from prior.evaluation.comparison import as_text, compare_modes, save_comparison
+    from vqvae.data.mnist import load_mnist
+    from vqvae.output import check_output
 
-    from prior.compare import compare as side_by_side
-    from prior.model import load_prior
-    from vqvae.common.data import load_test, load_train_and_validation
-    from vqvae.common.engine import pick_device
-    from vqvae.common.grids import save_sheet
-    from vqvae.common.runs import describe, find_pair
-    from vqvae.model import load_vqvae
-
-    _require_suffix(output)
-    if num_samples < 10 or num_samples % 10 != 0:
-        raise UserError(f"expected --num-samples to be a multiple of 10, found {num_samples}; type --num-samples 30")
-    chosen_device = pick_device(device)
-    vqvae_file, prior_file = find_pair(vqvae, prior)
-    model, header = load_vqvae(vqvae_file, chosen_device)
-    network, _ = load_prior(prior_file, model, header, chosen_device)
-    print(f"weights: {describe(vqvae_file)} and {describe(prior_file)}")
-    _, validation = load_train_and_validation(data_folder, not no_download)
-    modes = side_by_side(model, network, load_test(data_folder, not no_download), validation, num_samples, seed)
-    print(f"{'':54} {'codes used':>10} {'nats/code':>10} {'distance':>9}")
-    for mode in modes:
-        print(f"{mode.title:54} {mode.codes_used:10} {mode.nats_per_code:10.2f} {mode.distance:9.3f}")
-    print("nats/code: of the maps under the prior; distance: to the nearest validation digit, rms over pixels in 0..1")
-    if output.suffix == ".png":
-        save_sheet([(mode.title, mode.images) for mode in modes], output)
-        print(f"wrote {output}")
-        return
-    arrays = {name: torch.cat([getattr(mode, name) for mode in modes]) for name in ("images", "indices", "labels")}
-    names = [mode.name for mode in modes for _ in mode.labels]
-    _write_arrays(output, {**arrays, "modes": names})
+    check_output(output)
+    pair = load(vqvae, prior, device)
+    print(f"weights: {pair.origin}")
+    modes = compare_modes(pair, load_mnist(data_folder, download), num_samples=num_samples, seed=seed)
+    save_comparison(modes, output)
+    print(f"{as_text(modes)}\nwrote {output}")
 
 
 @app.command()
 def evaluate(
-    num_samples: Annotated[
-        int | None, typer.Option(help="Images in each set [default: as many as the split has digits]")
-    ] = None,
-    split: Annotated[str, typer.Option(help="test for figures to report, validation for choices.")] = "test",
+    num_samples: Annotated[int | None, Option(min=1, help="Images in each set [default: all of the split's]")] = None,
+    split: SplitName = "test",
     guidance: Guidance = None,
-    cas: Annotated[
-        bool, typer.Option("--cas", help="Also the classification accuracy score: trains two classifiers.")
-    ] = False,
-    data_folder: DataFolder = DEFAULT_DATA_FOLDER,
+    cas: AccuracyScore = False,
+    data_folder: DataFolder = DATA,
     device: Device = "auto",
     seed: Seed = 0,
-    output_folder: Annotated[
-        Path, typer.Option(help="Gets report.html, metrics.json, the tables and the pictures.")
-    ] = Path("evaluation"),
+    output_folder: ReportFolder = Path("evaluation"),
     vqvae: VQVAEFile = None,
     prior: PriorFile = None,
     classifier: ClassifierFile = None,
-    no_download: NoDownload = False,
+    download: Download = True,
 ) -> None:
     """Measure both stages: FID, KID, coverage, agreement with labels, memorisation, likelihood."""
-    from prior.evaluate import classification_accuracy_score
-    from prior.evaluate import evaluate as measure
-    from prior.model import load_prior
-    from prior.report import as_text, tabulate, write_report
-    from prior.sampling import GUIDANCE
-    from vqvae.common.classifier import load_classifier
-    from vqvae.common.data import load_test, load_train_and_validation
-    from vqvae.common.engine import pick_device
-    from vqvae.common.files import make_folder
-    from vqvae.common.runs import describe, find_classifier, find_pair
-    from vqvae.model import load_vqvae
+    from prior import load
+    from prior.evaluation.report import evaluate_and_report
+    from vqvae.data.mnist import load_mnist
+    from vqvae.storage.runs import describe, find_classifier
 
-    _require_choice("--split", split, ("test", "validation"))
-    make_folder(output_folder)  # before the measuring, which takes minutes
-    chosen_device = pick_device(device)
-    vqvae_file, prior_file = find_pair(vqvae, prior)
-    classifier_file = find_classifier(classifier)
-    model, header = load_vqvae(vqvae_file, chosen_device)
-    network, prior_header = load_prior(prior_file, model, header, chosen_device)
-    eyes, eyes_header = load_classifier(classifier_file, chosen_device)
-    print(f"weights: {describe(vqvae_file)}, {describe(prior_file)} and {describe(classifier_file)}")
-    train_digits, validation_digits = load_train_and_validation(data_folder, not no_download)
-    splits = {"train": train_digits, "validation": validation_digits}
-    if split == "test":
-        splits["test"] = load_test(data_folder, not no_download)
-    scale = GUIDANCE if guidance is None else guidance
-    num_samples = len(splits[split].labels) if num_samples is None else num_samples
-    evaluation = measure(model, network, eyes, splits, num_samples=num_samples, seed=seed, guidance=scale)
-    if cas:
-        scores = classification_accuracy_score(evaluation.judged, train_digits, splits[split], seed, chosen_device)
-        evaluation.figures["classification_accuracy_score"] = scores
-    origin = {
-        "split": split,
-        "num_samples": num_samples,
-        "seed": seed,
-        "guidance": scale,
-        "vqvae": header.fingerprint,
-        "prior": prior_header.fingerprint,
-        "classifier": eyes_header.fingerprint,
-    }
-    for title, rows in tabulate(evaluation.figures):
-        print(f"\n{title} (classifier {eyes_header.fingerprint[:12]})\n{as_text(rows)}")
-    write_report(evaluation, origin, output_folder)
+    pair, file = load(vqvae, prior, device), find_classifier(classifier)
+    print(f"weights: {pair.origin}, measured with {describe(file)}")
+    dataset = load_mnist(data_folder, download)
+    options: dict[str, Any] = {"split": split, "num_samples": num_samples, "guidance": guidance, "seed": seed}
+    print(evaluate_and_report(pair, file, dataset, output_folder, accuracy_score=cas, **options))
     print(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
 
 
-def _write(output: Path, images: "torch.Tensor", arrays: Mapping[str, Any]) -> None:
-    """A grid of the images as .png, or the arrays that there are as .npz."""
-    if output.suffix == ".npz":
-        _write_arrays(output, arrays)
-        return
-    from vqvae.common.grids import save_grid
-
-    save_grid(images, output)
-    print(f"wrote {output}")
-
-
-def _write_arrays(output: Path, arrays: Mapping[str, Any]) -> None:
-    import numpy as np
-
-    from vqvae.common.files import write_arrays
-
-    write_arrays(output, {name: np.asarray(values) for name, values in arrays.items() if values is not None})
-    print(f"wrote {output}")
-
-
-def _folder_named_after(recipe: Path) -> Path:
-    if recipe.stem in (".", ".."):
-        raise UserError(f"expected a recipe's name to name a folder, found {recipe}; type --output-folder too")
-    return Path("checkpoints") / recipe.stem
-
-
-def _relative(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _data_flag(folder: Path) -> list[Any]:
-    return [] if folder == DEFAULT_DATA_FOLDER else ["--data-folder", folder]
-
-
-def _print_written(written: Path, following: list[Any]) -> None:
+def _print_written(written: Path, data_folder: Path, *following: str | Path) -> None:
     """What was written, and the command to type next, quoted for a shell."""
-    print(f"wrote {written}; next: python cli.py {shlex.join(map(str, following))}")
+    data = () if data_folder == DATA else ("--data-folder", data_folder)
+    print(f"wrote {written}; next: python cli.py {shlex.join(map(str, (*following, *data)))}")
 
 
-def _progress(num_samples: int) -> Any:
-    from tqdm import tqdm
+def as_flags(message: str) -> str:
+    """A message of the library, with the Python in its backticks turned into what is typed here."""
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    flags = {param.name: param for command in commands for param in command.params}
 
-    from vqvae.common.distributed import is_main
+    def translate(match: re.Match[str]) -> str:
+        name, call, value = match.groups()
+        if call:
+            return f"python cli.py {name.replace('_', '-')}"
+        if name not in flags:
+            return match[0].strip("`")  # a setting that only a recipe has
+        flag = (flags[name].opts or flags[name].secondary_opts)[0]
+        if value in (None, "True", "False"):  # a bare name, or a switch such as --resume or --no-download
+            return flag
+        return f"{flag} {value}"
 
-    return tqdm(total=num_samples, unit="map", dynamic_ncols=True, disable=not is_main())
-
-
-def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"expected {flag} to be {' or '.join(choices)}, found {value!r}; type {flag} {choices[0]}")
-
-
-def _require_suffix(output: Path) -> None:
-    if output.suffix not in (".png", ".npz"):
-        raise UserError(
-            f"expected --output to end in .png (a grid) or .npz (arrays), found {output}; "
-            f"type --output {output.stem}.png"
-        )
-
-
-def _parse_labels(text: str) -> list[int]:
-    """'0-9' or '1,3,5' or both, as digits."""
-    labels: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not re.fullmatch("[0-9](-[0-9])?", part) or first > (last or first):
-            raise UserError(f"expected digits such as 7, 0-9 or 1,3,5, found {text!r}; type --labels 0-9")
-        labels.extend(range(int(first), int(last or first) + 1))
-    return labels
+    return re.sub(r"`(\w+)(\(\))?(?:=([^`]*))?`", translate, message)
 
 
 def main() -> None:
-    """Run the app; a user's mistake ends in one sentence and status 1, a signal in the status that is usual for it."""
+    """Run the app. A user's mistake ends in one sentence and status 1, a signal in its usual status."""
     try:
-        with _joined():
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
             app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        else:  # torchrun started this process
+            from vqvae.distributed import process_group
+
+            with process_group():
+                app()
+    except InputError as error:
+        print(f"error: {as_flags(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
     except Interrupted as interrupted:
         arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
-        again = f"go on with: python cli.py {shlex.join([*arguments, '--resume'])}"
-        print(
-            f"stopped by a signal after step {interrupted.step}; "
-            + (f"all of it is saved; {again}" if arguments[0].startswith("train-") else "nothing was written"),
-            file=sys.stderr,
-        )
+        again = f"all of it is saved; go on with: python cli.py {shlex.join([*arguments, '--resume'])}"
+        saved = again if arguments[0].startswith("train-") else "nothing was written"
+        print(f"stopped by a signal after step {interrupted.step}; {saved}", file=sys.stderr)
         raise SystemExit(128 + interrupted.signal) from None
-
-
-def _joined() -> AbstractContextManager[None]:
-    """The world of torchrun's processes, where it started this one; of those but the main one nothing is printed."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return nullcontext()
-    from vqvae.common.distributed import joined
-
-    return joined()
 
 
 if __name__ == "__main__":

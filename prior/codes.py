@@ -1,4 +1,4 @@
-"""Frozen VQ-VAE to code maps, cached on disk under what they were made from."""
+"""Images to code maps by a frozen VQ-VAE, cached on disk and bound to what they were made from."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,14 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from vqvae.common import checkpoint, data
-from vqvae.common.data import Split, to_model_range
-from vqvae.common.engine import evaluating, in_batches
-from vqvae.common.errors import UserError
-from vqvae.common.files import reading, write_atomically
+from vqvae.codec import encode_images
+from vqvae.data.dataset import Split, digest
+from vqvae.errors import InputError
 from vqvae.model import VQVAE
-
-EXTRACTION_BATCH = 500
+from vqvae.storage import checkpoint
+from vqvae.storage.files import open_checked, write_atomically
 
 
 class Codes(NamedTuple):
@@ -27,12 +25,7 @@ class Codes(NamedTuple):
 
 def extract(model: VQVAE, split: Split) -> Codes:
     """The code maps of a split, on the model's device."""
-    with evaluating(model):
-        indices = [
-            model.encode(to_model_range(split.images[rows].to(model.device)))
-            for rows in in_batches(len(split.labels), EXTRACTION_BATCH)
-        ]
-    return Codes(torch.cat(indices).clone(), split.labels.to(model.device))
+    return Codes(encode_images(model, split.images), split.labels.to(model.device))
 
 
 def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, folder: Path) -> Codes:
@@ -41,16 +34,16 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
     Args:
         fingerprint: of the VQ-VAE.
         name: of the split, for the file's name.
-        folder: where the cache lies, as `codes-<name>.safetensors`; a stale or damaged one is replaced.
+        folder: where the cache lies, as `codes-<name>.safetensors`. A stale or damaged cache is replaced.
     Raises:
-        UserError: the cache can't be written.
+        InputError: the cache can't be written.
     """
     path = folder / f"codes-{name}.safetensors"
-    origin = {"vqvae": fingerprint, "data": data.digest(split)}
+    origin = {"vqvae": fingerprint, "data": digest(split)}
     labels = split.labels.to(model.device)
     try:
-        indices = _read(path, origin, (len(labels), *model.map_shape), model.config.k)
-    except UserError:
+        indices = _read(path, origin, (len(labels), *model.map_shape), model.config.num_codes)
+    except InputError:
         print(f"extracting the code maps of {len(labels)} {name} images", flush=True)
         codes = extract(model, split)
         tensors = {"indices": codes.indices.to("cpu", torch.int16)}
@@ -64,13 +57,13 @@ def _read(path: Path, origin: dict[str, str], shape: tuple[int, ...], num_codes:
     """The indices in a cache, int16.
 
     Raises:
-        UserError: none there, of another origin, or not whole.
+        InputError: there is none, it was made from something else, or it is damaged.
     """
-    with reading(path, "a cache of code maps", "delete it"), safe_open(path, framework="pt") as file:
-        if tuple(file.get_slice("indices").get_shape()) != shape:  # before as much memory is taken
+    with open_checked(path, "a cache of code maps", "delete it"), safe_open(path, framework="pt") as file:
+        if tuple(file.get_slice("indices").get_shape()) != shape:  # before memory is taken for it
             raise ValueError("codes of another shape")
         indices: Tensor = file.get_tensor("indices").clone()
-        # One hash of where they come from and what they are: stale and damaged look the same.
+        # One hash of the origin and of the codes. A stale cache and a damaged one look the same.
         if file.metadata() != {"fingerprint": checkpoint.fingerprint(origin, {"indices": indices})}:
             raise ValueError("codes of another origin")
         if not 0 <= indices.min() <= indices.max() < num_codes:

@@ -2,166 +2,125 @@
 
     indices (B, H, W), labels (B,) --GatedPixelCNN--> logits (B, K, H, W)
 
-logits[:, :, i, j] depend on the label and on the codes before (i, j) in raster order, on all of them and
-on nothing else. The input is shifted once, down for the vertical stack and right for the horizontal one;
-after that every layer may look at its own position, and causality is in the shapes of the kernels:
+logits[:, :, i, j] depend on the label and on the codes before (i, j) in raster order: on all of them, and on nothing
+else. The input is shifted once, down for the vertical stack and right for the horizontal one. After that every layer
+may look at its own position, and the shapes of the kernels keep the order:
 
     vertical  (2, 3)    horizontal (1, 2)    x: may be seen, o: the position itself
-      x x x                                  Vertical position (i, j) holds rows < i, horizontal (i, j)
-      x o x                 x o              those of row i left of j; 1x1 links go from vertical to
-                                             horizontal alone, so there is no blind spot.
+      x x x                                  Vertical features at (i, j) hold rows < i, horizontal ones those of row i
+      x o x                 x o              left of j. A 1x1 link goes from the vertical to the horizontal stack and
+                                             never back, so no position before (i, j) is hidden from it.
 
-Departures from the paper: the vertical stack has residual links too; codes enter through an embedding
-and leave through a softmax over K instead of 256 intensities; the first layer's mask is the shift.
+Departures from the paper: the vertical stack has residual links too; codes enter through an embedding and leave through
+a softmax over K instead of over 256 intensities; the shift stands for the first layer's mask.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from vqvae.common import checkpoint
-from vqvae.common.config import from_dict, require_range
-from vqvae.common.data import NUM_CLASSES
-from vqvae.common.errors import UserError
+from prior.kernels import ConvAsLinear, dropout, gate
+from vqvae.data.dataset import DatasetInfo
+from vqvae.errors import InputError
 from vqvae.model import VQVAE
-
-NO_LABEL = NUM_CLASSES  # the label of maps whose digit is not told
+from vqvae.storage import checkpoint
+from vqvae.storage.recipe import from_dict, require_range
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """The network; the number of codes and the map's shape come from the VQ-VAE."""
+    """The network. The number of codes and the map's shape come from the VQ-VAE, the classes from the data."""
 
     width: int = 64  # channels of each stack
-    num_layers: int = 6
+    num_layers: int | None = None  # None: as many as a position needs to see all codes before it
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_range("width", self.width, 1, 2048)
-        require_range("num_layers", self.num_layers, 1, 64)
         require_range("dropout", self.dropout, 0, 0.9)
-
-
-class WindowProduct(nn.Conv2d):
-    """A convolution as the matrix product that it is: of windows (B, H, W, R*S*C), for an RxS kernel of C channels, to
-    (B, H, W, D). A CPU trains faster so than by convolutions, whose weights' gradients are slow. The weights stay a
-    convolution's: so they are initialised, decayed and kept in checkpoints."""
-
-    @property
-    def matrix(self) -> Tensor:
-        """(D, R*S*C)."""
-        return rearrange(self.weight, "d c rows columns -> d (rows columns c)")
-
-    def forward(self, windows: Tensor) -> Tensor:
-        return F.linear(windows, self.matrix, self.bias)
-
-
-class VerticalWindows(torch.autograd.Function):
-    """x (B, H, W, C) to (B, H, W, 6C): of each position the row above and its own, each left, middle and right, and
-    zeros outside. The gradient is added up in one place, where autograd would make six."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        padded = F.pad(x, (0, 0, 1, 1, 1, 0))
-        return torch.cat(_six_shifts(padded), dim=3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        batch, height, width, channels = grad.shape
-        padded = grad.new_zeros(batch, height + 1, width + 2, channels // 6)
-        for shifted, part in zip(_six_shifts(padded), grad.chunk(6, dim=3), strict=True):
-            shifted += part
-        return padded[:, 1:, 1:-1]
-
-
-def _six_shifts(padded: Tensor) -> list[Tensor]:
-    """Views (B, H, W, C) of (B, H + 1, W + 2, C)."""
-    height, width = padded.shape[1] - 1, padded.shape[2] - 2
-    return [padded[:, i : i + height, j : j + width] for i in range(2) for j in range(3)]
+        if self.num_layers is not None:
+            require_range("num_layers", self.num_layers, 1, 256)
 
 
 class GatedLayer(nn.Module):
-    """One layer of both stacks: (v, h) to (v, h), each (B, H, W, C); eq. 2 conditioned as in eq. 4."""
+    """One layer of both stacks, figure 2 of the paper: (v, h) to (v, h), each (B, C, H, W).
 
-    def __init__(self, width: int, dropout: float) -> None:
+    A label adds a bias to the features of each stack (eq. 4).
+    """
+
+    def __init__(self, width: int, p_dropout: float, num_labels: int) -> None:
         super().__init__()
-        self.vertical = WindowProduct(width, 2 * width, (2, 3))
-        self.horizontal = WindowProduct(width, 2 * width, (1, 2))
-        self.vertical_to_horizontal = WindowProduct(2 * width, 2 * width, 1)
-        self.vertical_out = WindowProduct(width, width, 1)
-        self.horizontal_out = WindowProduct(width, width, 1)
-        self.label = nn.Embedding(NUM_CLASSES + 1, 4 * width)
-        self.dropout = dropout
+        self.vertical = ConvAsLinear(width, 2 * width, (2, 3))
+        self.horizontal = ConvAsLinear(width, 2 * width, (1, 2))
+        self.vertical_to_horizontal = ConvAsLinear(2 * width, 2 * width)
+        self.vertical_out = ConvAsLinear(width, width)
+        self.horizontal_out = ConvAsLinear(width, width)
+        self.label = nn.Embedding(num_labels, 4 * width)
+        self.p_dropout = p_dropout
 
     def forward(self, v: Tensor, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        v_label, h_label = self.label(labels)[:, None, None].chunk(2, dim=3)
-        v_features = self.vertical(VerticalWindows.apply(self._dropped(v)))
-        here = self._dropped(h)
-        pairs = torch.cat([to_the_right(here), here], dim=3)
-        h_features = self.horizontal(pairs) + self.vertical_to_horizontal(v_features)
+        v_label, h_label = self.label(labels)[:, :, None, None].chunk(2, dim=1)  # (B, 2C, 1, 1) each
+        v_features = self.vertical(self.dropped(v))
+        h_features = self.horizontal(self.dropped(h)) + self.vertical_to_horizontal(v_features)
         v = v + self.vertical_out(gate(v_features + v_label))
         h = h + self.horizontal_out(gate(h_features + h_label))
         return v, h
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        """Dropout from 16 random bits an element: F.dropout draws a double, several times slower on a CPU."""
-        if not self.training or self.dropout == 0:
-            return x
-        channels = x.shape[-1]
-        words = torch.empty(*x.shape[:-1], -(-channels // 4), dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None).view(torch.int16)[..., :channels]
-        kept = bits >= round((self.dropout - 0.5) * 2**16)
-        return x * (kept / (1 - self.dropout)).to(x.dtype)
+    def dropped(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p_dropout) if self.training and self.p_dropout > 0 else x
 
 
-def gate(features: Tensor) -> Tensor:
-    """tanh of one half of the channels, (..., 2C) to (..., C), times the sigmoid of the other (eq. 2)."""
-    f, g = features.chunk(2, dim=-1)
-    return (2 * torch.sigmoid(2 * f) - 1) * torch.sigmoid(g)  # torch's tanh takes seven times its sigmoid's time
-
-
-def to_the_right(x: Tensor) -> Tensor:
-    """(B, H, W, C) moved by one column, zeros in the first."""
+def shift_down(x: Tensor) -> Tensor:
+    """(B, C, H, W) moved down by one row, with zeros in the first."""
     return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
 
 
+def shift_right(x: Tensor) -> Tensor:
+    """(B, C, H, W) moved right by one column, with zeros in the first."""
+    return F.pad(x, (1, 0))[:, :, :, :-1]
+
+
+def layers_needed(map_shape: tuple[int, int]) -> int:
+    """How many layers let each position of an (H, W) map see all codes before it.
+
+    Each layer sees one row further up and one column further to either side than the one before. The shifts bring the
+    row above and the column to the left before the first layer.
+    """
+    height, width = map_shape
+    return max(width - 1 if height > 1 else width - 2, height - 2, 1)
+
+
 class GatedPixelCNN(nn.Module):
-    """p(indices | label), one softmax for each position.
+    """p(indices | label), a softmax over K codes at each position.
 
     Args:
         config: the network.
         num_codes: K of the VQ-VAE.
         map_shape: (H, W) of its code maps.
+        num_classes: labels are 0..num_classes - 1, and num_classes (`no_label`) means that the label is not told.
     Raises:
-        UserError: too few layers for a position to see all that come before it on such a map.
+        InputError: too few layers for each position to see all codes before it.
     """
 
-    def __init__(self, config: PriorConfig, num_codes: int, map_shape: tuple[int, int]) -> None:
+    def __init__(self, config: PriorConfig, num_codes: int, map_shape: tuple[int, int], num_classes: int) -> None:
         super().__init__()
-        # Each layer sees one column further to either side and one row further up than the last, and
-        # the shift has brought the first row and the first column to the left already.
-        height, width = map_shape
-        needed = max(width - 1 if height > 1 else width - 2, height - 2, 1)
-        if config.num_layers < needed:
-            raise UserError(
-                f"expected at least {needed} layers for a map of {height}x{width} codes, so that each "
-                f"position sees all before it, found {config.num_layers}; set num_layers = {needed} in [prior]"
+        needed = layers_needed(map_shape)
+        num_layers = needed if config.num_layers is None else config.num_layers
+        if num_layers < needed:
+            raise InputError(
+                f"expected at least {needed} layers for a map of {map_shape[0]}x{map_shape[1]} codes, so that each "
+                f"position sees all codes before it, found {num_layers}; set num_layers = {needed}, or leave it out"
             )
         self.config, self.num_codes, self.map_shape = config, num_codes, map_shape
-        self.embedding = nn.Embedding(num_codes, config.width)
-        self.layers = nn.ModuleList(GatedLayer(config.width, config.dropout) for _ in range(config.num_layers))
+        self.num_classes = self.no_label = num_classes
+        width = config.width
+        self.embedding = nn.Embedding(num_codes, width)
+        self.layers = nn.ModuleList(GatedLayer(width, config.dropout, num_classes + 1) for _ in range(num_layers))
         self.head = nn.Sequential(
-            nn.ReLU(),
-            WindowProduct(config.width, 2 * config.width, 1),
-            nn.ReLU(),
-            WindowProduct(2 * config.width, num_codes, 1),
+            nn.ReLU(), ConvAsLinear(width, 2 * width), nn.ReLU(), ConvAsLinear(2 * width, num_codes)
         )
 
     @property
@@ -172,44 +131,46 @@ class GatedPixelCNN(nn.Module):
         """Logits (B, K, H, W) of maps (B, H, W) int64.
 
         Args:
-            labels: (B,) int64, the dataset's digits or NO_LABEL; None is NO_LABEL for all.
+            labels: (B,) int64, classes or `no_label`. None stands for `no_label` everywhere.
         Raises:
-            ValueError: a map of another shape.
-            IndexError: a code or a label that there is none of.
+            ValueError: maps of another shape.
+            IndexError: a code or a label out of range.
         """
         if indices.shape[1:] != self.map_shape:
             raise ValueError(f"expected maps of shape {self.map_shape}, found {tuple(indices.shape[1:])}")
         if labels is None:
-            labels = torch.full((len(indices),), NO_LABEL, device=indices.device)
-        embedded = self.embedding(indices)
+            labels = torch.full((len(indices),), self.no_label, device=indices.device)
+        embedded = self.embedding(indices).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
         if torch.is_autocast_enabled(embedded.device.type):
-            embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))  # else each layer would
-        v = F.pad(embedded, (0, 0, 0, 0, 1, 0))[:, :-1]  # the shift down: (i, j) holds the code above it
-        h = to_the_right(embedded)  # (i, j) holds the code left of it
+            embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))  # once, not in every layer
+        v = shift_down(embedded)  # (i, j) holds the code above it
+        h = shift_right(embedded)  # (i, j) holds the code to its left
         for layer in self.layers:
             v, h = layer(v, h, labels)
-        logits: Tensor = self.head(v + h)
-        return logits.movedim(3, 1)
+        return self.head(v + h)
 
 
 def load_prior(
     path: Path, vqvae: VQVAE, vqvae_header: checkpoint.Header, device: torch.device
 ) -> tuple[GatedPixelCNN, checkpoint.Header]:
-    """The prior of a checkpoint, in eval mode, and its header.
+    """The prior of a checkpoint, in eval mode, and the checkpoint's header.
 
     Raises:
-        UserError: no whole prior checkpoint is there, or it belongs to another VQ-VAE.
+        InputError: no whole prior checkpoint is there, or it belongs to another VQ-VAE.
     """
     header = checkpoint.read_header(path, "prior")
     if header.vqvae_fingerprint != vqvae_header.fingerprint:
-        raise UserError(
+        raise InputError(
             f"expected the VQ-VAE that the prior at {path} was trained on, of fingerprint "
             f"{str(header.vqvae_fingerprint)[:12]}, found one of fingerprint {vqvae_header.fingerprint[:12]}; "
-            f"name the right pair: --vqvae FILE --prior FILE"
+            f"name a pair that belongs together, by `vqvae` and `prior`"
         )
 
     def build() -> GatedPixelCNN:
-        return GatedPixelCNN(from_dict(PriorConfig, header.config), vqvae.config.k, vqvae.map_shape)
+        num_classes = from_dict(DatasetInfo, header.data).num_classes
+        return GatedPixelCNN(
+            from_dict(PriorConfig, header.config), vqvae.config.num_codes, vqvae.map_shape, num_classes
+        )
 
     prior = checkpoint.load(path, header, build)
     return prior.to(device).eval(), header

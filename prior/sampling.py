@@ -1,125 +1,116 @@
-"""Ancestral sampling: a map drawn code by code, in raster order, each from the softmax over those before.
+"""Ancestral sampling: a map is drawn code by code in raster order, each from the softmax over the codes before it.
 
-Every code takes one uniform number, and sample n takes row n of them, so a sample does not depend on
-the batch it is drawn in, and the two ways to the logits can be held against each other index by index.
+The sampler needs logits, not a network. Every code takes one uniform number, and map n takes row n of them. So a map
+does not depend on the batch in which it is drawn, and two ways to compute the logits can be compared index by index.
 """
 
+import math
+import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from prior.incremental import IncrementalLogits
-from prior.model import NO_LABEL, GatedPixelCNN
-from vqvae.common.data import NUM_CLASSES
-from vqvae.common.distributed import rank, summed, world_size
-from vqvae.common.engine import evaluating, in_batches
-from vqvae.common.errors import UserError
+from vqvae.compute import in_batches
+from vqvae.distributed import all_reduce_sum, rank, world_size
+from vqvae.errors import InputError
 
-SAMPLING_BATCH = 100
+GUIDANCE = 1.25  # the default; chosen on validation by FID, then coverage (configs/README.md)
 MAX_GUIDANCE = 100
-GUIDANCE = 1.5  # what the command line draws labelled digits with; chosen on validation (README, "What was tried")
 
-# Logits (B, K) at (i, j) given the codes before it in indices (B, H, W): called as logits_at(indices, i, j).
+# logits_at(indices, i, j): logits (B, K) at (i, j), given the codes before it in indices (B, H, W).
 LogitsAt = Callable[[Tensor, int, int], Tensor]
 
 
-def plain_logits(prior: GatedPixelCNN, labels: Tensor) -> LogitsAt:
-    """One full pass over the map for each position: the reference that IncrementalLogits is held against."""
-    return lambda indices, i, j: prior(indices, labels)[:, :, i, j]
+def plain_logits(prior: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], LogitsAt]:
+    """`logits_for` of `sample_codes` by one full pass over the map for each position.
+
+    This is the reference that the faster `IncrementalLogits` is tested against.
+    """
+    return lambda labels: lambda indices, i, j: prior(indices, labels)[:, :, i, j]
 
 
-def sample(
-    prior: GatedPixelCNN,
-    num_samples: int,
-    generator: torch.Generator,
+def sample_codes(
+    logits_for: Callable[[Tensor], LogitsAt],
+    uniforms: Tensor,
+    labels: Tensor,
     *,
-    labels: Tensor | None = None,
-    given: Tensor | None = None,
+    no_label: int,
+    known_codes: Tensor | None = None,
     guidance: float = 1.0,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    logits_from: Callable[[GatedPixelCNN, Tensor], LogitsAt] = IncrementalLogits,
-    batch_size: int = SAMPLING_BATCH,
+    batch_size: int = 100,
     progress: Callable[[int], object] = lambda num_done: None,
 ) -> Tensor:
-    """Draw code maps (num_samples, H, W) int64, each of several processes its share of the batches.
+    """Draw code maps (N, H, W) int64, on the CPU. Of several processes each draws its share of the batches.
 
     Args:
-        generator: on the CPU; gives num_samples * H * W uniform numbers, sample by sample.
-        labels: (num_samples,) int64 digits; None draws without a label.
-        given: (num_samples, H, W) int64 codes to keep, -1 where one is to be drawn; a draw heeds those before it only.
-        guidance: at least 0; how far to go from the logits without the label towards those with it, and beyond
-            (classifier-free guidance, arXiv:2207.12598); 1 is the prior itself. Needs labels.
+        logits_for: labels (B,) of a batch to its `LogitsAt`, which is asked for positions in raster order.
+        uniforms: (N, H, W) float64 in [0, 1), one for each code.
+        labels: (N,) int64, on the device where the maps are to be drawn.
+        no_label: the label that stands for none. Guidance moves away from its logits.
+        known_codes: (N, H, W) int64, codes to keep, and -1 where one is to be drawn. A draw depends only on codes
+            before it.
+        guidance: see `guided`; 1 is the prior itself.
         temperature: over 0; logits are divided by it.
-        top_k: keep the k most likely codes, at least 1.
-        top_p: keep the most likely codes that together reach this probability, in (0, 1].
-        logits_from: IncrementalLogits, or plain_logits for the same indices the slow way.
-        batch_size: maps drawn at once; the result doesn't depend on it.
-        progress: called with the number of maps finished since the last call.
+        top_k: draw among the k most likely codes, at least 1. None stands for all.
+        top_p: draw among the most likely codes that together reach this probability, in (0, 1].
+        batch_size: maps drawn at once. The result does not depend on it.
+        progress: called with the number of maps that were finished since the last call.
     Raises:
-        UserError: an option out of its range, or a label that is no digit.
-        ValueError: given codes of another shape, or that there are none of.
+        InputError: an option out of its range.
     """
-    if num_samples < 1:
-        raise UserError(f"expected --num-samples of at least 1, found {num_samples}; type --num-samples 100")
+    check_options(guidance, temperature, top_k, top_p)
+    num, height, width = uniforms.shape
+    device = labels.device
+    maps = torch.zeros(num, height, width, dtype=torch.int64, device=device)
+    for number, rows in enumerate(in_batches(num, batch_size)):
+        if number % world_size() != rank():
+            continue  # another process draws it
+        indices, batch_uniforms = maps[rows], uniforms[rows].to(device)
+        logits_at = guided(logits_for, labels[rows], no_label, guidance)
+        for i in range(height):
+            for j in range(width):
+                probabilities = adjust(logits_at(indices, i, j), temperature, top_k, top_p)
+                codes = invert_cumulative(probabilities, batch_uniforms[:, i, j])
+                if known_codes is not None:
+                    known = known_codes[rows, i, j].to(device)
+                    codes = torch.where(known >= 0, known, codes)
+                indices[:, i, j] = codes
+        progress(len(indices))
+    return all_reduce_sum(maps).cpu()  # a map that another process drew is zero here
+
+
+def check_options(guidance: float, temperature: float, top_k: int | None, top_p: float) -> None:
+    """
+    Raises:
+        InputError: an option out of its range.
+    """
     if not 0 <= guidance <= MAX_GUIDANCE:
-        raise UserError(
-            f"expected --guidance between 0 and {MAX_GUIDANCE}, found {guidance:g}; type --guidance 1 for none"
+        raise InputError(
+            f"expected `guidance` between 0 and {MAX_GUIDANCE}, found {guidance:g}; use `guidance=1` for none"
         )
-    if guidance != 1 and labels is None:
-        raise UserError(f"expected labels with --guidance {guidance:g}, found none; type --labels 0-9 too")
-    if not temperature > 0:
-        raise UserError(
-            f"expected --temperature over 0, found {temperature:g}; type --top-k 1 for the most likely codes"
+    if not 0 < temperature < math.inf:
+        raise InputError(
+            f"expected `temperature` over 0, found {temperature:g}; use `top_k=1` for the most likely codes"
         )
     if top_k is not None and top_k < 1:
-        raise UserError(f"expected --top-k of at least 1, found {top_k}; type --top-k 1 for the most likely codes")
+        raise InputError(f"expected `top_k` of at least 1, found {top_k}; use `top_k=1` for the most likely codes")
     if not 0 < top_p <= 1:
-        raise UserError(f"expected --top-p over 0 and at most 1, found {top_p:g}; type --top-p 1 for all codes")
-    if labels is None:
-        labels = torch.full((num_samples,), NO_LABEL)
-    elif len(labels) != num_samples or bool(((labels < 0) | (labels >= NUM_CLASSES)).any()):
-        raise UserError(
-            f"expected {num_samples} labels in 0..{NUM_CLASSES - 1}, found {labels.tolist()}; "
-            f"type --label 7 or --labels 0-9"
-        )
-    shape = (num_samples, *prior.map_shape)
-    if given is not None and (given.dtype != torch.int64 or given.shape != shape):
-        raise ValueError(f"expected given codes int64 of shape {shape}, found {given.dtype} of {tuple(given.shape)}")
-    if given is not None and given.max() >= prior.num_codes:
-        raise ValueError(f"expected given codes below {prior.num_codes}, found {int(given.max())}")
-    device = prior.device
-    maps = torch.zeros(shape, dtype=torch.int64, device=device)
-    with evaluating(prior):
-        for number, rows in enumerate(in_batches(num_samples, batch_size)):
-            num = rows.stop - rows.start
-            uniforms = torch.rand(num, *prior.map_shape, generator=generator, dtype=torch.float64)
-            if number % world_size() != rank():
-                continue  # another process's
-            batch_labels = labels[rows].to(device)
-            indices = maps[rows]
-            logits_at = guided(prior, batch_labels, guidance, logits_from)
-            for i in range(prior.map_shape[0]):
-                for j in range(prior.map_shape[1]):
-                    probabilities = adjust(logits_at(indices, i, j), temperature, top_k, top_p)
-                    drawn = draw(probabilities, uniforms[:, i, j].to(device))
-                    if given is not None:
-                        kept = given[rows, i, j].to(device)
-                        drawn = torch.where(kept >= 0, kept, drawn)
-                    indices[:, i, j] = drawn
-            progress(num)
-    return summed(maps).cpu()  # zero where another process drew
+        raise InputError(f"expected `top_p` over 0 and at most 1, found {top_p}; use `top_p=1` for all codes")
 
 
-def guided(
-    prior: GatedPixelCNN, labels: Tensor, guidance: float, logits_from: Callable[[GatedPixelCNN, Tensor], LogitsAt]
-) -> LogitsAt:
-    """Logits under guidance: u + guidance * (l - u) of those with the label, l, and those without, u."""
+def guided(logits_for: Callable[[Tensor], LogitsAt], labels: Tensor, no_label: int, guidance: float) -> LogitsAt:
+    """Classifier-free guidance (arXiv:2207.12598): u + guidance (l - u).
+
+    l are the logits with the label and u those without. At 0 the label is ignored, at 1 the logits are the prior's own,
+    and above 1 they move past l, away from u.
+    """
     if guidance == 1:
-        return logits_from(prior, labels)
-    both = logits_from(prior, torch.cat([labels, torch.full_like(labels, NO_LABEL)]))
+        return logits_for(labels)
+    both = logits_for(torch.cat([labels, torch.full_like(labels, no_label)]))
 
     def logits_at(indices: Tensor, i: int, j: int) -> Tensor:
         labelled, unlabelled = both(indices.repeat(2, 1, 1), i, j).chunk(2)
@@ -129,11 +120,11 @@ def guided(
 
 
 def adjust(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """Probabilities (B, K) float64 of logits (B, K) under temperature, then top-k, then top-p.
+    """Probabilities (B, K) float64 of logits (B, K), after temperature, then top-k, then top-p.
 
     Ties at the edge of top-k and top-p go to the lower index.
     """
-    if temperature != 1:  # less the largest first: the quotient would overflow at the least temperatures
+    if temperature != 1:  # the largest is subtracted first, or the quotient would overflow at low temperatures
         logits = logits.double()
         logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
     probabilities = logits.softmax(dim=1, dtype=torch.float64)
@@ -144,12 +135,38 @@ def adjust(logits: Tensor, temperature: float, top_k: int | None, top_p: float) 
         ordered[:, top_k:] = 0
         ordered /= ordered.sum(dim=1, keepdim=True)
     before = ordered.cumsum(dim=1) - ordered
-    ordered[before >= top_p] = 0  # the code that reaches top_p is kept; the first always is
+    ordered[before >= top_p] = 0  # the code that reaches top_p is kept, and the first code always is
     return torch.zeros_like(probabilities).scatter(1, order, ordered / ordered.sum(dim=1, keepdim=True))
 
 
-def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the cumulative distribution: (B,) indices of probabilities (B, K) at uniforms (B,) in [0, 1)."""
+def invert_cumulative(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The index (B,) at which the cumulative sum of probabilities (B, K) passes uniforms (B,) in [0, 1)."""
     cumulative = probabilities.cumsum(dim=1)
     scaled = uniforms[:, None] * cumulative[:, -1:]  # the last sum is 1 only up to rounding
     return torch.searchsorted(cumulative, scaled, right=True).squeeze(1)
+
+
+def draw_labels(frequencies: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """Draw labels (num,) int64 from class frequencies (num_classes,), one uniform number for each.
+
+    Where there are no classes every label is 0, which stands for no label there.
+    """
+    uniforms = torch.rand(num, generator=generator, dtype=torch.float64)
+    if len(frequencies) == 0:
+        return torch.zeros(num, dtype=torch.int64)
+    return invert_cumulative(frequencies.double().expand(num, -1).contiguous(), uniforms)
+
+
+def parse_labels(text: str) -> list[int]:
+    """Labels written as "7", "0-9", "1,3,5", or as a mixture of these.
+
+    Raises:
+        InputError: the text is not written so.
+    """
+    labels: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)
+        if not match or int(match[1]) > int(match[2] or match[1]):
+            raise InputError(f"expected labels such as 7, 0-9 or 1,3,5, found {text!r}; try `labels=0-9`")
+        labels.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return labels

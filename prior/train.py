@@ -1,76 +1,134 @@
-"""Stage two: its objective, its evaluation, its training run."""
+"""Stage two: its evaluation and its training task. The loss is `likelihood.nats_per_code`."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from prior.codes import Codes, extract, extract_cached
-from prior.model import NO_LABEL, GatedPixelCNN, PriorConfig, load_prior
-from prior.sampling import sample
-from prior.unigram import baselines
-from vqvae.common import checkpoint
-from vqvae.common.config import require_range
-from vqvae.common.data import NUM_CLASSES, load_test, load_train_and_validation
-from vqvae.common.distributed import main_first, share
-from vqvae.common.engine import Means, Training, derive_seed, evaluating, fit, in_batches
-from vqvae.common.grids import grid
-from vqvae.common.logs import RunLog
-from vqvae.common.metrics import nats_to_bits
-from vqvae.model import load_vqvae
-from vqvae.train import decode
+from prior.independent import baselines
+from prior.likelihood import BATCH, nats_per_code
+from prior.model import GatedPixelCNN, PriorConfig, load_prior
+from prior.pair import draw_maps
+from vqvae.codec import decode_images
+from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device
+from vqvae.data.dataset import Dataset, digest
+from vqvae.data.mnist import load_mnist
+from vqvae.distributed import main_first, shard
+from vqvae.model import VQVAE, load_vqvae
+from vqvae.pictures import COLUMNS, grid
+from vqvae.storage import checkpoint
+from vqvae.storage.checkpoint import Header
+from vqvae.storage.recipe import require_range
+from vqvae.storage.runs import run_lock, weights_file
+from vqvae.training.averages import MetricAverager
+from vqvae.training.logs import RunLog
+from vqvae.training.loop import Run, Task, fit
+from vqvae.training.settings import Training
 
-EVALUATION_BATCH = 250
 SHOW_EVERY = 4  # epochs between sample grids
+NUM_SHOWN = 100
 
 
 @dataclass(frozen=True)
 class PriorTraining(Training):
     """How stage two is trained."""
 
-    label_dropout: float = 0.1  # share of a batch trained without its label
+    label_dropout: float = 0.1  # share of a batch that is trained without its label
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range("label_dropout", self.label_dropout, 0, 1)
 
 
-def objective(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Mean negative log-likelihood of maps (B, H, W) under labels (B,) or under none, in nats per code."""
-    logits = rearrange(prior(indices, labels).float(), "b k h w -> (b h w) k")  # twice as fast as over a middle axis
-    return {"nats_per_code": F.cross_entropy(logits, indices.flatten())}
+def drop_labels(labels: Tensor, share: float, no_label: int) -> Tensor:
+    """Labels (B,), each replaced by `no_label` with probability `share`."""
+    return torch.where(torch.rand(labels.shape, device=labels.device) < share, no_label, labels)
 
 
-def drop_labels(labels: Tensor, share: float) -> Tensor:
-    """Labels (B,), each replaced by NO_LABEL with probability `share`."""
-    return torch.where(torch.rand(labels.shape, device=labels.device) < share, NO_LABEL, labels)
-
-
-def evaluate(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
-    """Likelihood of a whole split with its labels and (`_unlabelled`) without."""
-    means = Means()
-    with evaluating(prior):
-        for rows in share(in_batches(len(codes.labels), EVALUATION_BATCH)):
+def evaluate_prior(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
+    """Likelihood of a whole split with its labels: `nats_per_code` and `bits_per_image`."""
+    averager = MetricAverager()
+    with eval_mode(prior):
+        for rows in shard(in_batches(len(codes.labels), BATCH)):
             indices, labels = codes.indices[rows], codes.labels[rows]
-            with_label = objective(prior, indices, labels)["nats_per_code"]
-            without = objective(prior, indices, None)["nats_per_code"]
-            means.add({"nats_per_code": with_label, "nats_per_code_unlabelled": without}, len(indices))
-    figures = means.read()
-    num_positions = codes.indices[0].numel()
-    return {**figures, "bits_per_image": nats_to_bits(figures["nats_per_code"]) * num_positions}
+            averager.add({"nats_per_code": nats_per_code(prior, indices, labels)}, len(indices))
+    nats = averager.averages()["nats_per_code"]
+    return {"nats_per_code": nats, "bits_per_image": nats / math.log(2) * codes.indices[0].numel()}
 
 
-def nats_by_position(prior: GatedPixelCNN, codes: Codes) -> Tensor:
-    """Mean negative log-likelihood of each position (H, W) over a split with its labels."""
-    total = torch.zeros(prior.map_shape, dtype=torch.float64, device=prior.device)
-    with evaluating(prior):
-        for rows in in_batches(len(codes.labels), EVALUATION_BATCH):
-            logits = prior(codes.indices[rows], codes.labels[rows])
-            total += F.cross_entropy(logits, codes.indices[rows], reduction="none").sum(dim=0)
-    return total / len(codes.labels)
+class PriorTask(Task):
+    """Stage two as a task for the training loop.
+
+    Args:
+        dataset: what the codes were extracted from.
+        train, validation: its code maps.
+        vqvae, vqvae_header: stage one, which the codes come from.
+        path: of the file that keeps the best weights.
+        seed: of the initial weights, and of the run.
+    """
+
+    unit = "maps"
+    best_by = "nats_per_code"
+
+    def __init__(
+        self,
+        config: PriorConfig,
+        training: PriorTraining,
+        dataset: Dataset,
+        train: Codes,
+        validation: Codes,
+        vqvae: VQVAE,
+        vqvae_header: Header,
+        path: Path,
+        seed: int,
+    ) -> None:
+        self.training, self.info, self.path, self.seed = training, dataset.info, path, seed
+        self.vqvae, self.vqvae_fingerprint = vqvae, vqvae_header.fingerprint
+        self.settings = {**asdict(config), **asdict(training), "seed": seed}
+        self.settings |= {"vqvae": self.vqvae_fingerprint, "data": digest(dataset.train)}
+        self.data, self.validation = tuple(train), validation
+        num_codes = vqvae.config.num_codes
+        self.baselines = baselines(train, validation, num_codes)
+        torch.manual_seed(seed)
+        self.prior = GatedPixelCNN(config, num_codes, vqvae.map_shape, self.info.num_classes).to(vqvae.device)
+        self.model = self.prior
+
+    def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        indices, labels = batch
+        return indices, drop_labels(labels, self.training.label_dropout, self.prior.no_label)
+
+    def loss(self, *batch: Tensor) -> dict[str, Tensor]:
+        indices, labels = batch
+        return {"nats_per_code": nats_per_code(self.prior, indices, labels)}
+
+    def evaluate(self) -> dict[str, float]:
+        return {**evaluate_prior(self.prior, self.validation), **self.baselines}
+
+    def save_best(self, figures: dict[str, float]) -> None:
+        checkpoint.save(
+            self.path,
+            self.prior,
+            stage="prior",
+            config=asdict(self.prior.config),
+            data=asdict(self.info),
+            recipe=self.settings,
+            metrics=figures,
+            vqvae_fingerprint=self.vqvae_fingerprint,
+        )
+
+    def show(self, log: RunLog, epoch: int, step: int) -> None:
+        indices, labels = self.data
+        if epoch == 1:
+            with eval_mode(self.prior):
+                log.graph(self.prior, (indices[:1], labels[:1]))
+        if epoch % SHOW_EVERY == 0 or epoch == self.training.num_epochs:
+            columns = torch.arange(NUM_SHOWN) % COLUMNS % max(self.info.num_classes, 1)
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "samples"))
+            maps = draw_maps(self.prior, NUM_SHOWN, generator, labels=columns)
+            log.picture("samples", grid(decode_images(self.vqvae, maps)), step)
 
 
 def train_prior(
@@ -78,70 +136,46 @@ def train_prior(
     training: PriorTraining,
     *,
     vqvae_path: Path,
-    seed: int,
+    seed: int = 0,
     data_folder: Path,
     output_folder: Path,
-    device: torch.device,
+    device: str | torch.device = "auto",
     resume: bool = False,
+    overwrite: bool = False,
     download: bool = True,
 ) -> dict[str, float]:
-    """Train stage two on the code maps of a VQ-VAE; the best epoch on validation is kept as
+    """Train stage two on the code maps of a VQ-VAE. The best epoch on validation is kept as
     `<output folder>/prior.safetensors`.
 
+    Args:
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
+        download: fetch the data where it is missing.
     Returns:
-        the figures of that best epoch on the test split, the baselines' among them.
+        the figures of that best epoch on the test split, and those of the priors without neighbours.
     """
-    vqvae, vqvae_header = load_vqvae(vqvae_path, device)
-    folder = output_folder / "prior"
+    where = pick_device(device)
+    vqvae, vqvae_header = load_vqvae(vqvae_path, where)
+    folder, path = output_folder / "prior", weights_file(output_folder, "prior")
     with main_first():
-        splits = dict(zip(("train", "validation"), load_train_and_validation(data_folder, download), strict=True))
-        train, validation = (
-            extract_cached(vqvae, vqvae_header.fingerprint, split, name, folder) for name, split in splits.items()
-        )
-    del splits
-    reference = baselines(train, validation, vqvae.config.k)
-    torch.manual_seed(seed)
-    prior = GatedPixelCNN(config, vqvae.config.k, vqvae.map_shape).to(device)
-    settings = {**asdict(config), **asdict(training), "seed": seed, "vqvae": vqvae_header.fingerprint}
-    path = output_folder / "prior.safetensors"
+        dataset = load_mnist(data_folder, download)
+    with run_lock(output_folder, "prior", resume=resume, overwrite=overwrite):
+        with main_first():
+            train, validation = (
+                extract_cached(vqvae, vqvae_header.fingerprint, split, name, folder)
+                for name, split in (("train", dataset.train), ("validation", dataset.validation))
+            )
+        task = PriorTask(config, training, dataset, train, validation, vqvae, vqvae_header, path, seed)
+        fit(task, training, Run(folder, seed, task.settings, resume))
+        best, _ = load_prior(path, vqvae, vqvae_header, where)
+        test = extract(vqvae, dataset.load_test())
+        return {**evaluate_prior(best, test), **baselines(train, test, vqvae.config.num_codes)}
 
-    def save_best(figures: dict[str, float]) -> None:
-        checkpoint.save(
-            path,
-            prior,
-            stage="prior",
-            config=asdict(config),
-            recipe=settings,
-            metrics=figures,
-            vqvae_fingerprint=vqvae_header.fingerprint,
-        )
 
-    def show(log: RunLog, epoch: int, step: int) -> None:
-        if epoch == 1:
-            with evaluating(prior):
-                log.graph(prior, (train.indices[:1], train.labels[:1]))
-        if epoch % SHOW_EVERY == 0 or epoch == training.num_epochs:
-            labels = torch.arange(NUM_CLASSES).repeat(NUM_CLASSES)
-            generator = torch.Generator().manual_seed(derive_seed(seed, "samples"))
-            maps = sample(prior, len(labels), generator, labels=labels)
-            log.picture("samples", grid(decode(vqvae, maps.to(device))), step)
-
-    fit(
-        prior,
-        (train.indices, train.labels),
-        lambda indices, labels: objective(prior, indices, labels),
-        lambda: {**evaluate(prior, validation), **reference},
-        save_best,
-        best_by="nats_per_code",
-        training=training,
-        seed=seed,
-        folder=folder,
-        unit="maps",
-        settings=settings,
-        after_epoch=show,
-        prepare=lambda indices, labels: (indices, drop_labels(labels, training.label_dropout)),
-        resume=resume,
+def summarise(figures: dict[str, float]) -> str:
+    """The main figures of stage two, for people."""
+    nats, unigram = figures["nats_per_code"], figures["unigram"]
+    return (
+        f"{nats:.3f} nats per code ({figures['bits_per_image']:.1f} bits an image), {nats / unigram:.3f} of the "
+        f"per-position unigram's {unigram:.3f}; uniform {figures['uniform']:.3f}"
     )
-    best, _ = load_prior(path, vqvae, vqvae_header, device)
-    test = extract(vqvae, load_test(data_folder, download))
-    return {**evaluate(best, test), **baselines(train, test, vqvae.config.k)}

@@ -2,8 +2,8 @@
 
     python -m tests.benchmark
 
-Needs MNIST in data/, and five minutes; the first time, four more, in which the documented recipe is trained in full for
-its final error, and kept in out/documented. Prints tables and writes benchmark.json and benchmark.png.
+It needs MNIST in data/, and five minutes. The first time it takes four more, to train the baseline recipe in full for
+its final error; that run is kept in out/baseline. It prints tables and writes benchmark.json.
 """
 
 import json
@@ -13,38 +13,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from prior.codes import extract
-from prior.incremental import IncrementalLogits, Product
-from prior.model import GatedPixelCNN, PriorConfig, load_prior
-from prior.sampling import plain_logits, sample
+from prior.incremental import IncrementalLogits
+from prior.model import GatedPixelCNN, PriorConfig
+from prior.pair import load_pair
+from prior.sampling import plain_logits, sample_codes
 from prior.train import PriorTraining
-from tests.customary import DATA, customary_stage_one, customary_stage_two
-from tests.ours import CPU, Side, stage_one_run, stage_one_step, stage_two_run, stage_two_step
-from vqvae.common.checkpoint import read_header
-from vqvae.common.config import read_recipe, resolve
-from vqvae.common.data import Split, load_train_and_validation
-from vqvae.common.engine import multiplies_bfloat16
-from vqvae.common.runs import SHIPPED, weights_file
-from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
-from vqvae.train import VQVAETraining, train_vqvae
-from vqvae.train import evaluate as evaluate_vqvae
+from tests.project import CPU, IMAGE_SHAPE, Side, StageOne, StageTwo, whole_run
+from tests.reference import DATA, reference_stage_one, reference_stage_two
+from vqvae.compute import eval_mode, multiplies_bfloat16
+from vqvae.data.dataset import Split
+from vqvae.data.mnist import load_mnist
+from vqvae.model import VQVAE, VQVAEConfig
+from vqvae.storage.checkpoint import read_header
+from vqvae.storage.recipe import read_recipe, resolve
+from vqvae.storage.runs import SHIPPED, weights_file
+from vqvae.train import VQVAETraining, evaluate_vqvae, train_vqvae
 
 REPEATS = 3
 STEPS = 11  # repeats of what takes well under a second
-DOCUMENTED = Path("out/documented")
-SHARES = (20, 50)  # the documented recipe's time over what the tuned one is given
+BASELINE = Path("out/baseline")
+SHARES = (20, 50)  # the baseline recipe's time over the time that the default recipe gets
 RATE_IMAGES = 1280
 PRECISIONS = {"float32": False, **({"bfloat16": True} if multiplies_bfloat16(CPU) else {})}
 Row = dict[str, Any]
@@ -88,18 +85,20 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
         labels = torch.arange(batch) % 10
         maps = torch.randint(prior.num_codes, (batch, *prior.map_shape))
 
-        def draw(logits_from: Any = IncrementalLogits, labels: Tensor = labels) -> Tensor:
-            generator = torch.Generator().manual_seed(0)
-            return sample(prior, len(labels), generator, labels=labels, batch_size=len(labels), logits_from=logits_from)
+        def draw(logits_for: Any, labels: Tensor = labels) -> Tensor:
+            uniforms = torch.rand(len(labels), *prior.map_shape, dtype=torch.float64)
+            with eval_mode(prior):
+                return sample_codes(logits_for, uniforms, labels, no_label=prior.no_label, batch_size=len(labels))
 
         @torch.inference_mode()
         def forward(maps: Tensor = maps, labels: Tensor = labels) -> Tensor:
             return prior(maps, labels)
 
-        seconds = in_turn({"forward": forward, "incremental": draw}, STEPS)
+        incremental = partial(draw, partial(IncrementalLogits, prior))
+        seconds = in_turn({"forward": forward, "incremental": incremental}, STEPS)
         rows.append(ratio(f"sampling {batch}: over one forward pass", seconds["incremental"], seconds["forward"]))
         # All are warm by now, and the plain sampler takes long.
-        seconds = in_turn({"plain": lambda: draw(plain_logits), "incremental": draw}, warm_ups=0)
+        seconds = in_turn({"plain": partial(draw, plain_logits(prior)), "incremental": incremental}, warm_ups=0)
         rows.append(ratio(f"sampling {batch}: plain over incremental", seconds["plain"], seconds["incremental"]))
     torch.set_num_threads(threads)
     return rows
@@ -113,147 +112,78 @@ def recipe_of(name: str, stage: str) -> tuple[Any, Any]:
 
 
 def training(train: Split, vqvae: VQVAE) -> list[Row]:
-    """Both stages on the project's engine against the customary way, the same networks on the same images."""
+    """Both stages on the project's engine against the reference, the same networks on the same images."""
     config, settings = recipe_of("baseline", "vqvae")
     num = 20 * settings.batch_size
-    customary = customary_stage_one(VQVAE(config), num, settings.batch_size)
-    sides = {
-        precision: stage_one_run(config, replace(settings, num_epochs=1, mixed_precision=mixed), train.images[:num])[1]
-        for precision, mixed in PRECISIONS.items()
-    }
-    rows = against("stage one", customary, sides, num)
+    reference = reference_stage_one(VQVAE(config, IMAGE_SHAPE), num, settings.batch_size)
+    sides = {}
+    for precision, mixed in PRECISIONS.items():
+        one_epoch = replace(settings, num_epochs=1, mixed_precision=mixed)
+        sides[precision] = whole_run(StageOne(config, one_epoch, train.images[:num]), one_epoch)
+    rows = against("stage one", reference, sides, num)
     config, settings = recipe_of("pretrained", "prior")
     num = 10 * settings.batch_size
-    codes = extract(vqvae, Split(train.images[:num], train.labels[:num]))
-    customary = customary_stage_two(vqvae, config, num, settings.batch_size)
-    sides = {
-        precision: stage_two_run(config, replace(settings, num_epochs=1, mixed_precision=mixed), codes, vqvae.config.k)
-        for precision, mixed in PRECISIONS.items()
-    }
-    return rows + against("stage two", customary, sides, num)
+    codes = extract(vqvae, train.first(num))
+    reference = reference_stage_two(vqvae, config, num, settings.batch_size)
+    for precision, mixed in PRECISIONS.items():
+        one_epoch = replace(settings, num_epochs=1, mixed_precision=mixed)
+        sides[precision] = whole_run(StageTwo(config, one_epoch, codes), one_epoch)
+    return rows + against("stage two", reference, sides, num)
 
 
-def against(stage: str, customary: Side, sides: dict[str, Side], num: int) -> list[Row]:
-    seconds = in_turn({"customary": customary, **sides})
+def against(stage: str, reference: Side, sides: dict[str, Side], num: int) -> list[Row]:
+    seconds = in_turn({"reference": reference, **sides})
     return [
-        ratio(f"{stage}, {num} samples: customary over ours in {precision}", seconds["customary"], seconds[precision])
+        ratio(f"{stage}, {num} samples: reference over {precision}", seconds["reference"], seconds[precision])
         for precision in sides
     ]
 
 
-def documented_error() -> float:
-    """The documented recipe's final squared error on validation, of a run in full, made where there is none yet."""
+def baseline_error() -> float:
+    """The baseline recipe's final squared error on validation. The full run is made where there is none yet."""
     config, settings = recipe_of("baseline", "vqvae")
-    weights = weights_file(DOCUMENTED, "vqvae")
+    weights = weights_file(BASELINE, "vqvae")
     wanted = {**asdict(config), **asdict(settings)}.items()
     if not (weights.exists() and wanted <= read_header(weights, "vqvae").recipe.items()):
-        print("training the documented recipe in full, for its final error", flush=True)
-        train_vqvae(config, settings, seed=0, data_folder=DATA, output_folder=DOCUMENTED, device=CPU)
+        print("training the baseline recipe in full, for its final error", flush=True)
+        train_vqvae(config, settings, seed=0, data_folder=DATA, output_folder=BASELINE, device=CPU)
     return read_header(weights, "vqvae").metrics["squared_error"]
 
 
 def time_to_quality(train: Split, validation: Split) -> list[Row]:
-    """The validation error that the tuned recipe comes to in shares of the documented one's time, schedule and all,
-    with as many seeds as repeats. That time is of its number of images, each as long as measured here."""
+    """The validation error that the default recipe reaches in a share of the baseline recipe's time.
+
+    The default's whole schedule lies within that time. There are as many seeds as repeats. The baseline's time is its
+    number of images times the time for each, as measured here.
+    """
     recipes = [recipe_of(name, "vqvae") for name in ("mnist", "baseline")]
-    (tuned, settings), (_, documented_settings) = recipes
-    tuned_s, documented_s = in_turn(
+    (default, settings), (_, baseline_settings) = recipes
+    default_s, baseline_s = in_turn(
         {
-            name: stage_one_run(config, replace(settings, num_epochs=1), train.images[:RATE_IMAGES])[1]
-            for name, (config, settings) in zip(("tuned", "documented"), recipes, strict=True)
+            name: first_images(config, settings, train.images[:RATE_IMAGES], seed=0)[1]
+            for name, (config, settings) in zip(("default", "baseline"), recipes, strict=True)
         }
     ).values()
-    per_image = ratio(f"stage one, {RATE_IMAGES} images: tuned over documented", tuned_s, documented_s)
-    rows: list[Row] = [per_image, {"what": "stage one: the documented recipe", "squared_error": documented_error()}]
+    per_image = ratio(f"stage one, {RATE_IMAGES} images: default over baseline", default_s, baseline_s)
+    rows: list[Row] = [per_image, {"what": "stage one: the baseline recipe", "squared_error": baseline_error()}]
     for share in SHARES:
-        num = int(documented_settings.num_epochs * len(train.labels) / share / per_image["ratio"])
+        num = int(baseline_settings.num_epochs * len(train.labels) / share / per_image["ratio"])
         errors = []
         for seed in range(REPEATS):
-            model, run = stage_one_run(tuned, replace(settings, num_epochs=1), train.images[:num], seed)
+            model, run = first_images(default, settings, train.images[:num], seed)
             run()
             errors.append(evaluate_vqvae(model, validation, settings)["squared_error"])
         rows.append(
-            {"what": f"stage one: the tuned recipe, {num} images, 1/{share} of that time", "squared_error": errors}
+            {"what": f"stage one: the default recipe, {num} images, 1/{share} of that time", "squared_error": errors}
         )
     return rows
 
 
-def shipped_steps() -> dict[str, Callable[..., Side]]:
-    """A step of each stage of the shipped networks, on 64 samples, to be made with one choice or another."""
-    return {
-        "stage one": partial(stage_one_step, *recipe_of("pretrained", "vqvae"), 64),
-        "stage two": partial(stage_two_step, *recipe_of("pretrained", "prior"), 64),
-    }
-
-
-def variants() -> list[Row]:
-    """What each choice of the training step gives: the step without it over the step with it."""
-    rows = []
-    threads = torch.get_num_threads()
-    for stage, step in shipped_steps().items():
-        others = {"unfused optimiser": step(fused=False)}
-        if stage == "stage one":
-            others["default memory format"] = step(channels_last=False)
-            others["torch.compile"] = step(compiled=True)  # takes half a minute, and gave stage two as little
-        others |= {precision: step(mixed=True) for precision, mixed in PRECISIONS.items() if mixed}
-        seconds = in_turn({"ours": step(), **others}, STEPS, warm_ups=2)
-        rows += [ratio(f"{stage}, a step: {name} over ours", seconds[name], seconds["ours"]) for name in others]
-
-        def alone(run: Side) -> None:
-            torch.set_num_threads(1)
-            run()
-            torch.set_num_threads(threads)
-
-        seconds = in_turn({"ours": step(), "alone": partial(alone, step())}, STEPS)
-        rows.append(ratio(f"{stage}, a step: one thread over {threads}", seconds["alone"], seconds["ours"]))
-    return rows
-
-
-def where_time_goes() -> list[Row]:
-    """Of each stage's step: the share of time in convolutions and matrix products, and the speed over this machine's
-    peak, which is that of one large matrix product."""
-    a, out = torch.randn(2048, 2048), torch.zeros(2048, 2048)
-    with torch.inference_mode():
-        peak = 2 * 2048**3 / statistics.median(in_turn({"product": partial(Product(a), a, plus=out)}, STEPS)["product"])
-    rows = []
-    for stage, make in shipped_steps().items():
-        step = make()
-        with FlopCounterMode(display=False) as counter:
-            step()
-        seconds = statistics.median(in_turn({"step": step}, STEPS)["step"])
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(5):
-                step()
-        events = profiler.key_averages()
-        total = sum(event.self_cpu_time_total for event in events)
-        shares = {
-            kind: sum(event.self_cpu_time_total for event in events if any(name in event.key for name in names)) / total
-            for kind, names in (("convolutions", ("convolution", "conv2d")), ("products", ("mm", "linear")))
-        }
-        speed = counter.get_total_flops() / seconds
-        rows.append(
-            {
-                "what": stage,
-                "of_peak": speed / peak,
-                "gflops": speed / 1e9,
-                "peak_gflops": peak / 1e9,
-                **shares,
-            }
-        )
-    return rows
-
-
-def growth() -> list[Row]:
-    """Images per second of a step of stage one against batch size, code-map size and width."""
-    config, settings = recipe_of("pretrained", "vqvae")
-    points = [("batch size", batch, batch, config) for batch in (16, 32, 64, 128, 256)]
-    points += [("side of the code map", size // 4, 32, replace(config, image_size=size)) for size in (28, 56, 112)]
-    points += [("width", width, 64, replace(config, width=width)) for width in (16, 32, 64, 128)]
-    rows = []
-    for axis, value, batch, changed in points:
-        seconds = in_turn({"step": stage_one_step(changed, settings, batch)})["step"]
-        rows.append({"axis": axis, "value": value, "images_per_s": batch / statistics.median(seconds)})
-    return rows
+def first_images(config: VQVAEConfig, settings: VQVAETraining, images: Tensor, seed: int) -> tuple[VQVAE, Side]:
+    """A new model, and its training for one epoch of these images."""
+    one_epoch = replace(settings, num_epochs=1)
+    task = StageOne(config, one_epoch, images, seed=seed)
+    return task.vqvae, whole_run(task, one_epoch, seed)
 
 
 def starting() -> list[Row]:
@@ -275,23 +205,6 @@ def starting() -> list[Row]:
     return rows
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    axes = list(dict.fromkeys(row["axis"] for row in rows))
-    figure = Figure(figsize=(4 * len(axes), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(axes), sharey=True)
-    panels[0].set_ylabel("images per second, stage one")
-    for panel, axis in zip(panels, axes, strict=True):
-        points = [(row["value"], row["images_per_s"]) for row in rows if row["axis"] == axis]
-        panel.loglog(*zip(*points, strict=True), "o-")
-        for point in points:
-            panel.annotate(f"{point[1]:,.0f}", point, xytext=(0, 6), textcoords="offset points", ha="center")
-        panel.set_xlabel(axis)
-        panel.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
-        panel.minorticks_off()
-        panel.margins(0.15, 0.1)
-    figure.savefig(path, dpi=100)
-
-
 def processor() -> str:
     """The processor's name, from where Linux has it."""
     try:
@@ -302,9 +215,10 @@ def processor() -> str:
 
 
 def main() -> None:
-    train, validation = load_train_and_validation(DATA)
-    vqvae, header = load_vqvae(weights_file(SHIPPED, "vqvae"), CPU)
-    prior, _ = load_prior(weights_file(SHIPPED, "prior"), vqvae, header, CPU)
+    dataset = load_mnist(DATA)
+    train, validation = dataset.train, dataset.validation
+    pair = load_pair(weights_file(SHIPPED, "vqvae"), weights_file(SHIPPED, "prior"), CPU)
+    vqvae, prior = pair.vqvae, pair.prior
     machine = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -320,9 +234,6 @@ def main() -> None:
         "sampling": lambda: sampling(prior, torch.get_num_threads()),
         "training": lambda: training(train, vqvae),
         "time_to_quality": lambda: time_to_quality(train, validation),
-        "where_time_goes": where_time_goes,
-        "variants": variants,
-        "growth": growth,
     }.items():
         started = time.perf_counter()
         results[name] = section()
@@ -330,8 +241,7 @@ def main() -> None:
         for row in results[name]:
             print("  " + "  ".join(f"{key} {_show(value)}" for key, value in row.items()))
     Path("benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(results["growth"], Path("benchmark.png"))
-    print("\nwrote benchmark.json and benchmark.png")
+    print("\nwrote benchmark.json")
 
 
 def _show(value: Any) -> str:

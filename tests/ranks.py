@@ -1,77 +1,155 @@
-"""`torchrun ... ranks.py VQVAE PRIOR FOLDER`: what each of several processes does in tests/test_common_distributed.py,
-where the main one writes what came out."""
+"""What each of several processes does in tests/vqvae/test_distributed.py, and small tasks of both stages.
 
+`ranks.py FOLDER` starts 2 processes, and then 3. Process R of N writes what it found to FOLDER/N/R.pt.
+"""
+
+import json
+import os
+import signal
+import socket
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 
 from prior.codes import extract
-from prior.model import load_prior
-from prior.sampling import sample
-from prior.train import evaluate as evaluate_prior
-from vqvae import train
-from vqvae.common.data import load_train_and_validation
-from vqvae.common.distributed import gathered, is_main, joined, share_of_batch
-from vqvae.model import load_vqvae
+from prior.model import PriorConfig
+from prior.pair import draw_maps
+from prior.train import PriorTask, PriorTraining, evaluate_prior
+from tests.helpers import CPU, make_dataset, make_prior, make_split, make_vqvae
+from vqvae.data.dataset import Dataset
+from vqvae.distributed import all_gather, barrier, batch_shard, is_main, main_first, process_group, rank, world_size
+from vqvae.errors import Interrupted
+from vqvae.model import VQVAEConfig
 from vqvae.predictor import CausalPredictor
 from vqvae.quantizer import VectorQuantizer
-
-ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
-
-
-def figures_and_samples(vqvae_file: Path, prior_file: Path) -> dict[str, Any]:
-    """The figures of a split in many batches, and samples in batches of which no two ranks have as many."""
-    vqvae, header = load_vqvae(vqvae_file, CPU)
-    prior, _ = load_prior(prior_file, vqvae, header, CPU)
-    split = load_train_and_validation(ROOT / "tests" / "fixture", download=False)[0]
-    train.EVALUATION_BATCH = evaluate_prior.__globals__["EVALUATION_BATCH"] = 60
-    labels = torch.arange(13) % 10
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "vqvae": train.evaluate(vqvae, split, train.VQVAETraining()),
-        "prior": evaluate_prior(prior, extract(vqvae, split)),
-        "samples": sample(prior, len(labels), generator, labels=labels, guidance=1.5, batch_size=3),
-        "generator": torch.rand(1, generator=generator),
-    }
+from vqvae.storage.checkpoint import Header
+from vqvae.train import VQVAETask, VQVAETraining, evaluate_vqvae
+from vqvae.training.averages import MetricAverager
+from vqvae.training.loop import Run, Task, fit
+from vqvae.training.settings import Training
 
 
-def codebook_after(num_steps: int) -> list[VectorQuantizer]:
-    """A codebook that starts, follows and restarts on batches shared out among the processes; that of each of them."""
+def make_task(stage: str, dataset: Dataset, path: Path, device: torch.device = CPU, **training: Any) -> Any:
+    """A small task of a stage. Whatever the loss can depend on, it depends on."""
+    if stage == "vqvae":
+        config, settings = VQVAEConfig(4, 16, 8, 1, 1, "ema", 0.5), {"prediction_weight": 0.1, "clipped_loss": True}
+        return VQVAETask(config, VQVAETraining(**settings, **training), dataset, path, device, seed=0)
+    vqvae, config = make_vqvae().to(device), PriorConfig(width=8, dropout=training.pop("dropout", 0.1))
+    header = Header("vqvae", config={}, data={}, recipe={}, metrics={}, fingerprint="stage one")
+    codes = (extract(vqvae, split) for split in (dataset.train, dataset.validation))
+    return PriorTask(config, PriorTraining(**training), dataset, *codes, vqvae, header, path, seed=0)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """What was logged, without the speeds."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: line[name] for name in line if "_per_s" not in name} for line in lines]
+
+
+class Line(Task):
+    """A regression in float64, in batches of 7, 7 and 6. The last process asks for the end in a step."""
+
+    unit, best_by = "things", "figure"
+
+    def __init__(self, stops_in: int = 0) -> None:
+        torch.manual_seed(1)
+        self.model, self.data = nn.Linear(3, 1).double(), (torch.randn(20, 3, dtype=torch.float64),)
+        self.stops_in, self.drawn = stops_in, []
+
+    def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        return (batch[0] + torch.rand(len(batch[0]), 1),)
+
+    def loss(self, *batch: Tensor) -> dict[str, Tensor]:
+        self.drawn.append(torch.rand(1).item())
+        if len(self.drawn) == self.stops_in and rank() == world_size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return {"error": (self.model(batch[0]) - batch[0].prod(dim=1, keepdim=True)).square().mean()}
+
+    def evaluate(self) -> dict[str, float]:
+        return {"figure": 1.0}
+
+    def run(self, folder: Path, num_epochs: int, resume: bool = False) -> None:
+        fit(self, Training(batch_size=7, num_epochs=num_epochs, lr=0.1), Run(folder, 0, {}, resume))
+
+
+def train_everything(folder: Path) -> dict[str, Any]:
+    """A line, stopped and gone on with, and both stages, in batches of 10, 10, 10 and 7."""
+    line, resumed, own = Line(stops_in=2), Line(), folder / f"rank{rank()}"
+    with suppress(Interrupted):
+        line.run(folder / "line", 2)
+    barrier()  # the main process has saved
+    resumed.run(folder / "line", 2, resume=True)
+    for stage, options in (("vqvae", {}), ("prior", {"dropout": 0.0})):
+        options |= {"batch_size": 10, "num_epochs": 1, "lr": 1e-4}
+        with patch("vqvae.training.logs.RunLog.graph"):  # half a second each
+            task = make_task(stage, make_dataset(37), own / f"{stage}.safetensors", **options)
+            fit(task, task.training, Run(own / stage, 0, task.settings))
+    files = sorted(str(path.relative_to(own)) for path in own.rglob("*") if "events" not in path.name)
+    return {"weights": resumed.model.state_dict(), "drawn": (line.drawn, resumed.drawn), "files": files}
+
+
+def figures_and_samples() -> dict[str, Any]:
+    """Figures of a split in batches, and maps in batches, of which no two processes have as many."""
+    vqvae, prior, split, averager = make_vqvae(), make_prior(), make_split(100), MetricAverager()
+    for value in [1e16, 1, -1e16, 1, 1e16, 1, -1e16][batch_shard(7)]:
+        averager.add({"x": torch.tensor(value, dtype=torch.float64)}, 1)
+    with patch("vqvae.train.EVALUATION_BATCH", 30), patch("prior.train.BATCH", 30):
+        figures = evaluate_vqvae(vqvae, split, VQVAETraining()), evaluate_prior(prior, extract(vqvae, split))
+    generator, labels = torch.Generator().manual_seed(1), torch.arange(13) % 10
+    torch.manual_seed(2)
+    maps = draw_maps(prior, 13, generator, labels=labels, guidance=1.5, batch_size=3)
+    following = torch.cat([torch.rand(2, generator=generator), torch.rand(2)])
+    return {"figures": (*figures, averager.averages()), "maps": maps, "following": following}
+
+
+def codebook_and_gradient() -> dict[str, Any]:
+    """A codebook that starts from, follows and restarts from batches that are shared out among the processes, and the
+    gradient of the prediction term with respect to such a batch."""
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(24, 3, "ema", decay=0.5).train()
-    batches = torch.Generator().manual_seed(1)
-    for step in range(num_steps):
+    quantizer, predictor = VectorQuantizer(24, 3, "ema", decay=0.5), CausalPredictor(3, (2, 2))
+    batches, own = torch.Generator().manual_seed(1), batch_shard(7)
+    for step in range(6):
         z_e = torch.randn(7, 3, 2, 2, generator=batches) * (1 + step)  # codes fall out of use as it grows
         torch.manual_seed(step)
-        quantizer(z_e[share_of_batch(7)])
-    return gathered(quantizer)
+        quantizer(z_e[own])
+    z_e.requires_grad_()
+    (predictor.fraction_unexplained(z_e[own], z_e[own].detach()) * (own.stop - own.start) / 7).backward()
+    return {"codebook": quantizer.state_dict(), "gradient": torch.stack(all_gather(z_e.grad)).sum(dim=0)}
 
 
-def prediction_gradient() -> torch.Tensor:
-    """Of the prediction term with respect to a whole batch."""
-    torch.manual_seed(0)
-    predictor = CausalPredictor(3, (4, 4)).train()
-    z_e = torch.randn(7, 3, 4, 4, requires_grad=True)
-    mine = share_of_batch(7)
-    (predictor.unexplained(z_e[mine], z_e[mine].detach()) * (mine.stop - mine.start) / 7).backward()
-    assert z_e.grad is not None
-    return torch.stack(gathered(z_e.grad)).sum(dim=0)
+def everything(folder: Path) -> dict[str, Any]:
+    with main_first():
+        if is_main():
+            time.sleep(0.3)
+            folder.joinpath("first").mkdir(parents=True)
+        found = {"waited": folder.joinpath("first").exists()}
+    return found | train_everything(folder) | figures_and_samples() | codebook_and_gradient()
 
 
-def everything(vqvae_file: Path, prior_file: Path) -> dict[str, Any]:
-    return {
-        **figures_and_samples(vqvae_file, prior_file),
-        "codebooks": [quantizer.state_dict() for quantizer in codebook_after(6)],
-        "prediction_gradient": prediction_gradient(),
-    }
+def other_threads() -> int:
+    """How many threads there are that Python doesn't know."""
+    return max(0, len(list(Path("/proc/self/task").glob("*"))) - threading.active_count())
+
+
+def one_rank(number: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+    with folder.joinpath(f"{number}.txt").open("w") as sys.stdout, process_group():
+        found = everything(folder) | {"inside": other_threads()}
+    torch.save(found | {"after": other_threads()}, folder / f"{number}.pt")
 
 
 if __name__ == "__main__":
-    with joined():
-        torch.set_num_threads(1)
-        found = everything(Path(sys.argv[1]), Path(sys.argv[2]))
-        if is_main():
-            torch.save(found, Path(sys.argv[3]) / "found.pt")
+    torch.set_num_threads(1)
+    for num in (2, 3):
+        port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+        os.environ |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        (folder := Path(sys.argv[1]) / str(num)).mkdir()
+        start_processes(one_rank, (folder,), nprocs=num, start_method="fork")

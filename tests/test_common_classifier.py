@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
 from vqvae.common import checkpoint, classifier
 from vqvae.common.classifier import (
     MAX_ROTATION,

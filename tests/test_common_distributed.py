@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from tests import ranks
 from vqvae.common import distributed
 from vqvae.common.checkpoint import load_resume_state
 from vqvae.common.distributed import averaged, main_first, share, share_of_batch, summed
 from vqvae.common.errors import UserError
+
+from tests import ranks
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixture"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-
 from vqvae.common import engine
 from vqvae.common.checkpoint import load_resume_state, save_resume_state
 from vqvae.common.engine import (

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
-
 from vqvae.common import fidelity
 from vqvae.common.fidelity import (
     closer,

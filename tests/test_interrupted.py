@@ -1,126 +1,118 @@
-"""Real training processes ended by signals at random moments, and gone on with to the end."""
+"""Training by the command line in processes that are ended by signals and gone on with.
+
+`test_interrupted.py FOLDER` does it. It has imported all that a process needs, so that these start at once.
+"""
 
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vqvae.common.checkpoint import load_resume_state
-from vqvae.common.runs import claimed
+import cli
+from tests.helpers import FIXTURE, ROOT
+from tests.ranks import rows
+from vqvae.storage.checkpoint import load_resume_state
+from vqvae.training import loop
 
-ROOT = Path(__file__).parents[1]
-FIXTURE = ROOT / "tests" / "fixture"
-VQVAE = ["train-vqvae", "--k", "32", "--batch-size", "16", "--num-epochs", "7", "--data-folder", str(FIXTURE)]
-PRIOR = ["train-prior", "--batch-size", "16", "--num-epochs", "7", "--data-folder", str(FIXTURE)]
-
-
-def launch(seed: int, folder: Path, stage: str, signals: list[int], arguments: list[str]) -> tuple[list[int], str]:
-    """The status of each run, and what they wrote to the terminal."""
-    resume_file = folder / stage / "resume.pt"
-    command = [str(ROOT / "tests" / "launcher.py"), str(seed), str(resume_file), ",".join(map(str, map(int, signals)))]
-    done = subprocess.run(
-        [sys.executable, *command, "--", *arguments, "--output-folder", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")], done.stderr
+MOMENTS = random.Random(1)
+RECIPE = (ROOT / "configs" / "mnist.toml").read_text()  # the default, made small
+RECIPE = RECIPE.replace("width = 64", "width = 8").replace("[prior]", "[prior]\nwidth = 8\ndropout = 0.1")
+KILLS, ASKS = [signal.SIGKILL] * 3, [signal.SIGINT, signal.SIGTERM]
+RUNS = {"straight vqvae": [], "straight prior": [], "killed vqvae": KILLS, "killed prior": KILLS, "asked vqvae": ASKS}
 
 
 def assert_same_run(straight: Path, parts: Path, stage: str) -> None:
     """The same weights, resume state and curves, bit for bit."""
-    name = f"{stage}.safetensors"
-    assert (parts / name).read_bytes() == (straight / name).read_bytes()
+    assert (parts / f"{stage}.safetensors").read_bytes() == (straight / f"{stage}.safetensors").read_bytes()
     states = [load_resume_state(folder / stage / "resume.pt") for folder in (straight, parts)]
-    assert all(torch.equal(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"])
-    assert states[0]["best"] == states[1]["best"]
-    assert states[0]["step"] == states[1]["step"]
-    assert str(states[0]["optimizer"]["state"]) == str(states[1]["optimizer"]["state"])
-    curves = [curve(folder / stage) for folder in (straight, parts)]
-    assert curves[0] == curves[1]
-    rows = [
-        [
-            {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}
-            for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
-        ]
-        for folder in (straight, parts)
-    ]
-    assert rows[0] == rows[1]
+    for state in states:
+        state["report"] = {name: value for name, value in state["report"].items() if "_per_s" not in name}
+    assert states[0].pop("settings") == states[1].pop("settings")
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert rows(parts / stage) == rows(straight / stage)
+    events = EventAccumulator(str(parts / stage)).Reload().Scalars("lr")
+    assert [event.step for event in events] == [row["step"] for row in rows(parts / stage)]
 
 
-def curve(folder: Path) -> list[tuple[int, float]]:
-    """What TensorBoard shows of the learning rate."""
-    events = EventAccumulator(str(folder)).Reload()
-    return [(event.step, event.value) for event in events.Scalars("lr")]
+def work(arguments: list[object], output: Path) -> None:
+    """What a process does: train, and save at every step."""
+    with output.open("a") as sys.stdout, output.open("a") as sys.stderr:
+        torch.set_num_threads(1)
+        loop.SAVE_EVERY_S = -1.0
+        sys.argv = ["cli.py", *map(str, arguments)]
+        cli.main()
+
+
+def statuses(folder: Path, name: str, signals: list[int]) -> list[int]:
+    """The exit statuses of processes that go on with one run. Each but the last is sent a signal, at a random moment
+    after its first save, or after its start if the first signal is SIGKILL."""
+    stage, own, ended = name.split()[1], folder / name, []
+    own.mkdir()
+    (own / "recipe.toml").write_text(RECIPE)
+    arguments = [f"train-{stage}", "--output-folder", own, "--config", own / "recipe.toml", "--data-folder", FIXTURE]
+    arguments += ["--vqvae", folder / "straight vqvae" / "vqvae.safetensors"] if stage == "prior" else ["--k", 32]
+    arguments += ["--device", "cpu", "--batch-size", 32, "--num-epochs", 3]
+    path = own / stage / "resume.pt"
+    for number, sent in enumerate([*signals, None]):
+        before, again = path.exists() and path.stat().st_mtime, "--resume" if path.exists() else "--overwrite"
+        options = {"target": work, "args": ([*arguments, again], own / "output.txt")}
+        process = multiprocessing.get_context("fork").Process(**options)
+        process.start()
+        if sent is not None:
+            saved = number == 0 and sent == signal.SIGKILL
+            while not saved and process.is_alive():
+                time.sleep(0.005)
+                saved = (path.exists() and path.stat().st_mtime) != before
+            time.sleep(MOMENTS.uniform(0, 0.15))
+            os.kill(process.pid, sent)
+        process.join()
+        ended.append(process.exitcode)
+    return ended
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both stages trained without a stop."""
-    folder = tmp_path_factory.mktemp("straight")
-    assert launch(0, folder, "vqvae", [], VQVAE)[0] == [0]
-    assert launch(0, folder, "prior", [], [*PRIOR, "--vqvae", str(folder / "vqvae.safetensors")])[0] == [0]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of all runs, and the exit statuses in statuses.json."""
+    folder, environment = tmp_path_factory.mktemp("runs"), {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, __file__, folder]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.mark.slow
-def test_stage_one_killed_a_dozen_times_equals_a_run_that_was_not(straight: Path, tmp_path: Path) -> None:
-    statuses, _ = launch(1, tmp_path, "vqvae", [signal.SIGKILL] * 12, VQVAE)
-    assert statuses.count(-signal.SIGKILL) >= 10  # a run may be over before its signal
-    assert statuses[-1] == 0
-    assert_same_run(straight, tmp_path, "vqvae")
+@pytest.mark.parametrize("stage", ["vqvae", "prior"])
+def test_a_run_that_is_killed_three_times_and_resumed_equals_one_that_is_not(folder: Path, stage: str) -> None:
+    statuses = json.loads((folder / "statuses.json").read_text())
+    assert statuses[f"killed {stage}"] == [*(-number for number in KILLS), 0]
+    assert_same_run(folder / f"straight {stage}", folder / f"killed {stage}", stage)
+    name = "total/train" if stage == "vqvae" else "nats_per_code/train"
+    losses = [row[name] for row in rows(folder / f"straight {stage}" / stage) if name in row]
+    assert losses[-1] < 0.95 * losses[0]  # they learned something, and did not merely fail alike
 
 
 @pytest.mark.slow
-def test_stage_two_killed_a_dozen_times_equals_a_run_that_was_not(straight: Path, tmp_path: Path) -> None:
-    arguments = [*PRIOR, "--vqvae", str(straight / "vqvae.safetensors")]
-    statuses, _ = launch(2, tmp_path, "prior", [signal.SIGKILL] * 12, arguments)
-    assert statuses.count(-signal.SIGKILL) >= 10
-    assert statuses[-1] == 0
-    assert_same_run(straight, tmp_path, "prior")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_asked_to_end_saves_says_how_to_go_on_and_exits_as_is_usual(
-    straight: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    statuses, told = launch(5, tmp_path, "vqvae", [number] * 3, VQVAE)
-    assert statuses == [128 + number] * 3 + [0]
-    assert "all of it is saved; go on with: python cli.py train-vqvae --k 32" in told
-    assert f"--output-folder {tmp_path} --resume\n" in told
+def test_a_run_that_is_asked_to_end_saves_says_how_to_go_on_and_exits_as_is_usual(folder: Path) -> None:
+    statuses, own = json.loads((folder / "statuses.json").read_text()), folder / "asked vqvae"
+    assert statuses[own.name] == [128 + signal.SIGINT, 128 + signal.SIGTERM, 0]
+    told = (own / "output.txt").read_text()
+    assert told.count(f"all of it is saved; go on with: python cli.py train-vqvae --output-folder '{own}'") == 2
+    assert "--num-epochs 3 --resume\n" in told
     assert "Traceback" not in told
-    assert_same_run(straight, tmp_path, "vqvae")
+    assert_same_run(folder / "straight vqvae", own, "vqvae")
 
 
-@pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    with claimed(tmp_path, "vqvae", resume=False, overwrite=False):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *VQVAE, "--output-folder", str(tmp_path)],
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 1
-    assert (
-        f"expected nobody else at work in {tmp_path}, found a vqvae run that goes on; wait for its end" in done.stderr
-    )
-    assert not (tmp_path / "vqvae.safetensors").exists()
+if __name__ == "__main__":
+    import torch._dynamo  # what every optimiser imports, so that the processes have it already
 
-
-def test_weights_are_those_of_the_files(straight: Path) -> None:
-    """That the runs compared above are of networks that learned something, not of two that failed alike."""
-    weights = load_file(straight / "vqvae.safetensors")
-    assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
-    losses = [json.loads(line) for line in (straight / "vqvae" / "metrics.jsonl").read_text().splitlines()]
-    errors = [row["squared_error/validation"] for row in losses if "epoch" in row]
-    assert errors[-1] < 0.8 * errors[0]
+    ended = {name: statuses(Path(sys.argv[1]), name, signals) for name, signals in RUNS.items()}
+    (Path(sys.argv[1]) / "statuses.json").write_text(json.dumps(ended))

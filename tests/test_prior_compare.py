@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-
 from prior.compare import Mode, compare, first_of_each_class, nats_per_code
-from prior.model import GatedPixelCNN, PriorConfig
 from vqvae.common.data import Split
 from vqvae.common.errors import UserError
+
+from prior.model import GatedPixelCNN, PriorConfig
 from vqvae.model import VQVAE, VQVAEConfig
 
 NAMES = ["real", "reconstructed", "gaussian_latent", "gaussian_image", "pixelcnn"]

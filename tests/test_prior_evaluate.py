@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import prior.evaluate as evaluation
 import pytest
 import torch
-from torch import Tensor
-
-import prior.evaluate as evaluation
-import prior.train
-from prior.codes import Codes, extract
 from prior.evaluate import Evaluation, ImageSet, classification_accuracy_score, evaluate
-from prior.model import GatedPixelCNN, PriorConfig
-from prior.sampling import sample
 from prior.unigram import baselines, draw_independently, unigram
+from torch import Tensor
 from vqvae.common import fidelity
 from vqvae.common.classifier import Classifier, ClassifierConfig, ClassifierTraining, look, objective
 from vqvae.common.data import Split, load_test, load_train_and_validation, to_model_range
 from vqvae.common.engine import derive_seed
 from vqvae.common.errors import UserError
+
+import prior.train
+from prior.codes import Codes, extract
+from prior.model import GatedPixelCNN, PriorConfig
+from prior.sampling import sample
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.train import VQVAETraining

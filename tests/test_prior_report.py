@@ -9,11 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import prior.report
 import pytest
 import torch
 from PIL import Image
-
-import prior.report
 from prior.evaluate import Evaluation, ImageSet
 from prior.report import NOTE, as_html, as_markdown, as_text, draw, tabulate, write_report
 from vqvae.common.errors import UserError

@@ -1,4 +1,4 @@
-"""Every command of the README, as written, on the fixture's digits instead of all of MNIST."""
+"""The README: every command and every program in it as written, on the fixture's digits instead of all of MNIST."""
 
 import os
 import re
@@ -9,41 +9,64 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import FIXTURE, ROOT, SHIPPED
+
 README = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&") if part.strip().startswith("python cli.py")]
+PROGRAMS = re.findall(r"```python\n(.*?)```", README.partition("From Python\n")[2], re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program in a folder of its own, with the fixture where MNIST is looked for."""
+    """The program in a folder of its own, with the fixture where MNIST is looked for. Its recipes say one epoch."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("vqvae", "prior", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for recipe in (folder / "configs").glob("*.toml"):
+        recipe.write_text(re.sub(r"num_epochs = \d+", "num_epochs = 1", recipe.read_text()))
     shutil.copy(ROOT / "cli.py", folder)
-    shutil.copytree(ROOT / "checkpoints" / "pretrained", folder / "checkpoints" / "pretrained")
-    shutil.copytree(ROOT / "tests" / "fixture", folder / "data")
+    shutil.copytree(SHIPPED, folder / "checkpoints" / "pretrained")
+    shutil.copytree(FIXTURE, folder / "data")
     return folder
 
 
-def test_the_readme_has_the_commands_that_it_is_about() -> None:
+def run_in(folder: Path, command: str) -> str:
+    """What a shell command prints, run with this interpreter and with the program that lies in the folder."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_has_what_it_is_about() -> None:
     text = " ".join(COMMANDS)
     for command in ("train-vqvae", "train-prior", "sample --mode pixelcnn", "sample --mode gaussian", "compare"):
         assert f"python cli.py {command}" in text
+    assert "prior.load()" in "".join(PROGRAMS)
+    assert "vqvae.load()" in "".join(PROGRAMS)
+
+
+def test_every_file_that_the_readme_links_to_is_there() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(links) >= 5
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_runs_as_written(command: str, copy: Path) -> None:
     """In the README's order: a later command may use what an earlier one wrote."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(copy),  # this copy, not the installed one
-    }
-    done = subprocess.run(command, shell=True, cwd=copy, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "wrote " in done.stdout
-    for written in re.findall(r"wrote ([^\s;,]+)", done.stdout):
-        assert (copy / written).stat().st_size > 0
+    written = re.findall(r"wrote ([^\s;,]+)", run_in(copy, command))
+    assert len(written) >= 1
+    assert all((copy / name).stat().st_size > 0 for name in written)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_of_the_readme_runs_and_its_tensors_have_the_shapes_in_its_comments(program: str, copy: Path) -> None:
+    shapes = re.findall(r"^(\w+) = .*# (\([\d, ]+\))", program, re.MULTILINE)
+    checks = [f"assert tuple({name}.shape) == {shape}" for name, shape in shapes]
+    (copy / "program.py").write_text("\n".join([program, *checks]))
+    run_in(copy, "python program.py")

@@ -5,7 +5,6 @@ in float32; none of the vectors quantised here lies within 5e-5 of a tie between
 """
 
 import hashlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from prior.codes import extract
 from prior.model import GatedPixelCNN, load_prior
-from prior.sampling import sample
-from vqvae.common.data import load_test
+from prior.pair import draw_maps
+from tests.helpers import CPU, SHIPPED, mnist
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE, load_vqvae
 
-SHIPPED = Path(__file__).parents[1] / "checkpoints" / "pretrained"
 NUM = 20
 
 
@@ -32,9 +30,8 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[VQVAE, GatedPixelCNN]:
-    cpu = torch.device("cpu")
-    vqvae, header = load_vqvae(SHIPPED / "vqvae.safetensors", cpu)
-    return vqvae, load_prior(SHIPPED / "prior.safetensors", vqvae, header, cpu)[0].double()
+    vqvae, header = load_vqvae(SHIPPED / "vqvae.safetensors", CPU)
+    return vqvae, load_prior(SHIPPED / "prior.safetensors", vqvae, header, CPU)[0].double()
 
 
 LABELS = torch.arange(NUM) % 10
@@ -47,14 +44,14 @@ KNOWN = torch.full((NUM, 7, 7), -1).index_fill(1, torch.arange(3), 5)
         ({"labels": LABELS}, "071bceb0c9899dc5"),
         ({"labels": LABELS, "guidance": 1.5}, "0fc5020e6b15e5b5"),
         ({"labels": LABELS, "guidance": 1.5, "temperature": 0.9, "top_k": 100, "top_p": 0.98}, "d66c18b45217a46d"),
-        ({"labels": LABELS, "guidance": 1.5, "given": KNOWN}, "f96f05353bda1c04"),
+        ({"labels": LABELS, "guidance": 1.5, "known_codes": KNOWN}, "f96f05353bda1c04"),
         ({}, "c2a2bfe099e7f2d7"),
     ],
 )
 def test_the_prior_draws_the_recorded_codes(
     pair: tuple[VQVAE, GatedPixelCNN], options: dict[str, object], recorded: str
 ) -> None:
-    assert digest(sample(pair[1], NUM, generator(), **options)) == recorded  # type: ignore[arg-type]
+    assert digest(draw_maps(pair[1], NUM, generator(), **options)) == recorded  # type: ignore[arg-type]
 
 
 def test_the_gaussian_modes_give_the_recorded_codes(pair: tuple[VQVAE, GatedPixelCNN]) -> None:
@@ -63,5 +60,5 @@ def test_the_gaussian_modes_give_the_recorded_codes(pair: tuple[VQVAE, GatedPixe
         assert digest(gaussian_images(pair[0], NUM, generator())) == "fd4ca0fe32746996"
 
 
-def test_real_digits_have_the_recorded_codes(pair: tuple[VQVAE, GatedPixelCNN], fixture_folder: Path) -> None:
-    assert digest(extract(pair[0], load_test(fixture_folder, download=False)).indices[:NUM]) == "5f65fda37244941d"
+def test_real_digits_have_the_recorded_codes(pair: tuple[VQVAE, GatedPixelCNN]) -> None:
+    assert digest(extract(pair[0], mnist().load_test()).indices[:NUM]) == "5f65fda37244941d"

@@ -1,32 +1,26 @@
 """No step of training waits for the device: what is read of it is read between steps, however many there are."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prior.codes import extract
-from prior.model import PriorConfig
-from prior.train import PriorTraining
-from tests.ours import Side, stage_one_run, stage_two_run
+from tests.helpers import make_dataset
+from tests.ranks import make_task
 from vqvae import quantizer
-from vqvae.common.data import Split, load_train_and_validation
-from vqvae.common.engine import LOG_EVERY
-from vqvae.model import VQVAE, VQVAEConfig
-from vqvae.train import VQVAETraining
+from vqvae.training.loop import LOG_EVERY, Run, fit
 
 NUM_STEPS = (3, 9)
 BATCH = 16
 WAITING = ("_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations that a program on a GPU stops for: a number read, or a shape that hangs on values."""
+    """Counts the operations that a program on a GPU stops for: a number is read, or a shape depends on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,72 +34,33 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def stage_one(train: Split) -> Side:
-    config = VQVAEConfig(hidden_size=4, k=16, width=8, codebook_learning="ema")
-    settings = VQVAETraining(batch_size=BATCH, num_epochs=1, predictability=0.1, free_overshoot=True)
-    return stage_one_run(config, settings, train.images)[1]
-
-
-def stage_two(train: Split) -> Side:
-    codes = extract(VQVAE(VQVAEConfig(hidden_size=4, k=16, width=8)).to(train.images.device), train)
-    return stage_two_run(
-        PriorConfig(width=8, dropout=0.1), PriorTraining(batch_size=BATCH, num_epochs=1), codes, num_codes=16
-    )
-
-
-def digits(folder: Path, num: int) -> Split:
-    train, _ = load_train_and_validation(folder, download=False)
-    return Split(train.images[:num], train.labels[:num])
-
-
-@pytest.mark.parametrize("stage", [stage_one, stage_two])
-def test_no_step_of_training_reads_from_the_device(
-    stage: Callable[[Split], Side], fixture_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantizer, "_is_cheap_to_read", lambda tensor: False)  # as on a GPU
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda])])
+@pytest.mark.parametrize("stage", ["vqvae", "prior"])
+def test_no_step_of_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, device: str) -> None:
+    monkeypatch.setattr(quantizer, "_reading_waits", lambda tensor: True)  # as on a GPU
     assert max(NUM_STEPS) < LOG_EVERY
     nums = []
     for num_steps in NUM_STEPS:
-        run = stage(digits(fixture_folder, num_steps * BATCH))
-        with Waits() as waits:
-            run()
-        nums.append(waits.num)
-    assert nums[0] == nums[1]
-    assert nums[0] > 0  # those of the end of the epoch
-
-
-@pytest.mark.parametrize(
-    "waiting",
-    [
-        lambda x: x.sum().item(),
-        lambda x: bool(x.any()),
-        lambda x: x.nonzero(),
-        lambda x: x[x > 0],
-        lambda x: torch.bincount(x.long()),
-    ],
-)
-def test_waiting_is_noticed(waiting: Callable[[Tensor], object]) -> None:
-    with Waits() as waits:
-        waiting(torch.ones(3))
-    assert waits.num > 0
-    with Waits() as waits:
-        torch.ones(3).cumsum(0)[torch.tensor([0, 1])]
-    assert waits.num == 0
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("stage", [stage_one, stage_two])
-def test_no_step_of_training_waits_for_a_gpu(stage: Callable[[Split], Side], fixture_folder: Path) -> None:
-    nums = []
-    for num_steps in NUM_STEPS:
-        run = stage(digits(fixture_folder, num_steps * BATCH).to(torch.device("cuda")))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        settings = {"device": torch.device(device), "batch_size": BATCH, "num_epochs": 1}
+        task = make_task(stage, make_dataset(num_steps * BATCH), tmp_path / "best.safetensors", **settings)
+        task.show = lambda log, epoch, step: None
+        if device == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
-            try:
-                run()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        nums.append(len(caught))
+        with Waits() as waits, warnings.catch_warnings(record=True, action="always") as caught:
+            fit(task, task.training, Run(tmp_path / str(num_steps), 0, task.settings))
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        nums.append((waits.num, len(caught)))
     assert nums[0] == nums[1]
+    assert nums[0][0] > 0  # those of the end of the epoch
+
+
+def test_waiting_is_noticed() -> None:
+    x = torch.ones(3)
+    for waiting in (x.sum().item, x.any().__bool__, x.nonzero, lambda: x[x > 0], lambda: torch.bincount(x.long())):
+        with Waits() as waits:
+            waiting()
+        assert waits.num > 0
+    with Waits() as waits:
+        x.cumsum(0)[torch.tensor([0, 1])]
+    assert waits.num == 0

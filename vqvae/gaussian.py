@@ -1,27 +1,36 @@
 """The unit-Gaussian baseline: code maps picked by noise instead of by a learned prior.
 
-Decoded, they give strokes and not digits: each code is a plausible piece of one, but nothing makes
-neighbours fit. Both functions are sampling modes, `(num_samples, generator) -> indices (N, H, W) int64`.
+Decoded, such maps give strokes and not digits. Each code is a plausible piece of a digit, but nothing makes neighbours
+fit together. The first two functions are sampling modes: (model, num_samples, generator) to indices (N, H, W) int64.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vqvae.common.engine import in_batches
+from vqvae.codec import decode_images
+from vqvae.compute import eval_mode, in_batches
 from vqvae.model import VQVAE
 
-BATCH = 500  # maps quantised at once: a matrix of distances has 49 K numbers for each
+BATCH = 500  # maps quantised at once; each needs H W K distances
 
 
 def gaussian_latents(model: VQVAE, num_samples: int, generator: torch.Generator) -> Tensor:
-    """z ~ N(0, 1) in the latent space, through the vector-quantisation layer."""
-    h, w = model.map_shape
-    z = torch.randn(num_samples, model.config.hidden_size, h, w, generator=generator)
+    """Draw z ~ N(0, 1) in the latent space, then quantise it."""
+    z = torch.randn(num_samples, model.config.code_dim, *model.map_shape, generator=generator)
     return torch.cat([model.quantizer.nearest(z[rows].to(model.device)) for rows in in_batches(num_samples, BATCH)])
 
 
 def gaussian_images(model: VQVAE, num_samples: int, generator: torch.Generator) -> Tensor:
-    """x ~ N(0, 1) in the image space, through the encoder and the vector-quantisation layer."""
-    size = model.config.image_size
-    x = torch.randn(num_samples, 1, size, size, generator=generator)
+    """Draw x ~ N(0, 1) in the image space, then encode and quantise it."""
+    x = torch.randn(num_samples, *model.image_shape, generator=generator)
     return torch.cat([model.encode(x[rows].to(model.device)) for rows in in_batches(num_samples, BATCH)])
+
+
+def draw_gaussian(model: VQVAE, source: Literal["latent", "image"], num_samples: int, seed: int) -> dict[str, Tensor]:
+    """Images (N, C, S, T) in 0..1 and their `indices` (N, H, W), on the CPU, from Gaussian latents or images."""
+    draw = {"latent": gaussian_latents, "image": gaussian_images}[source]
+    with eval_mode(model):
+        indices = draw(model, num_samples, torch.Generator().manual_seed(seed))
+    return {"images": decode_images(model, indices), "indices": indices.cpu()}

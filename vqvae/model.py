@@ -1,13 +1,14 @@
 """The VQ-VAE (arXiv:1711.00937): encoder, vector quantisation, decoder.
 
-    x (B, 1, S, S) --Encoder--> z_e (B, D, S/4, S/4) --VectorQuantizer--> z_q --Decoder--> x_hat (B, 1, S, S)
+    x (B, C, S, T) --Encoder--> z_e (B, D, H, W) --VectorQuantizer--> z_q --Decoder--> x_hat (B, C, S, T)
 
-The network is the paper's (section 4.1): two strided 4x4 convolutions, then residual blocks (ReLU, 3x3,
-ReLU, 1x1), and the mirror image of it; no normalisation, so no item of a batch knows of another. All the
-residual work is done at a quarter of the image's side, where a convolution costs a sixteenth. The decoder
-rises by sub-pixel convolutions, which contain the paper's transposed ones (a 4x4 transposed convolution
-of stride 2 is a 3x3 convolution to four times the channels with some weights zero) and run faster on a CPU.
-One more departure: residual blocks start as the identity.
+H = S/4 and W = T/4. The network is the paper's (section 4.1): two strided 4x4 convolutions, then residual blocks (ReLU,
+3x3, ReLU, 1x1), and the mirror image of it. There is no normalisation, so no item of a batch depends on another. The
+residual blocks work at a quarter of the image's side, where a convolution costs a sixteenth.
+
+Two departures from the paper. The decoder rises by sub-pixel convolutions, which run faster on a CPU. They contain the
+paper's transposed ones: a 4x4 transposed convolution of stride 2 is a 3x3 convolution to four times the channels, with
+some weights zero. And a residual block is the identity at the start of training.
 """
 
 from dataclasses import dataclass
@@ -17,44 +18,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqvae.common import checkpoint
-from vqvae.common.config import from_dict, require_range
-from vqvae.common.errors import UserError
+from vqvae.data.dataset import DatasetInfo
+from vqvae.errors import InputError
 from vqvae.quantizer import CodebookLearning, VectorQuantizer
+from vqvae.storage import checkpoint
+from vqvae.storage.recipe import from_dict, require_range
 
 DOWNSAMPLING = 4  # image side over code-map side
 
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    """The network; the defaults are the documented recipe's."""
+    """The network. The shape of its images comes from the data. The defaults are the baseline recipe's."""
 
-    hidden_size: int = 40  # D, size of the latent vectors
-    k: int = 512  # number of codes
+    code_dim: int = 40  # D, size of the latent vectors
+    num_codes: int = 512  # K
     width: int = 40  # channels of the residual blocks
     num_encoder_blocks: int = 2
     num_decoder_blocks: int = 2
     codebook_learning: CodebookLearning = "gradient"
     ema_decay: float = 0.99  # of an EMA codebook
-    image_size: int = 28
 
     def __post_init__(self) -> None:
-        require_range("hidden_size", self.hidden_size, 1, 1024)
-        require_range("k", self.k, 2, 32767)  # code maps are stored as int16
+        require_range("code_dim", self.code_dim, 1, 1024)
+        require_range("num_codes", self.num_codes, 2, 32767)  # code maps are stored as int16
         require_range("width", self.width, 4, 2048)
         require_range("num_encoder_blocks", self.num_encoder_blocks, 0, 64)
         require_range("num_decoder_blocks", self.num_decoder_blocks, 0, 64)
         require_range("ema_decay", self.ema_decay, 0, 0.99999)
-        require_range("image_size", self.image_size, DOWNSAMPLING, 1024)
 
 
-class Forward(NamedTuple):
+class VQVAEOutput(NamedTuple):
     """One pass through the whole model."""
 
-    x_hat: Tensor  # (B, 1, S, S)
-    z_e: Tensor  # (B, D, S/4, S/4)
-    z_q: Tensor  # (B, D, S/4, S/4)
-    indices: Tensor  # (B, S/4, S/4) int64
+    x_hat: Tensor  # (B, C, S, T)
+    z_e: Tensor  # (B, D, H, W)
+    z_q: Tensor  # (B, D, H, W)
+    indices: Tensor  # (B, H, W) int64
     codebook_loss: Tensor
     commitment_loss: Tensor
 
@@ -73,33 +73,33 @@ class ResidualBlock(nn.Sequential):
 
 
 class Encoder(nn.Sequential):
-    """x (B, 1, S, S) to z_e (B, D, S/4, S/4)."""
+    """x (B, C, S, T) to z_e (B, D, S/4, T/4)."""
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig, num_channels: int) -> None:
         width = config.width
         super().__init__(
-            nn.Conv2d(1, width // 2, 4, stride=2, padding=1),
+            nn.Conv2d(num_channels, width // 2, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
             *(ResidualBlock(width) for _ in range(config.num_encoder_blocks)),
             nn.ReLU(),
-            nn.Conv2d(width, config.hidden_size, 1),
+            nn.Conv2d(width, config.code_dim, 1),
         )
 
 
 class Decoder(nn.Sequential):
-    """z_q (B, D, S/4, S/4) to x_hat (B, 1, S, S), unbounded."""
+    """z_q (B, D, S/4, T/4) to x_hat (B, C, S, T), unbounded."""
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig, num_channels: int) -> None:
         width = config.width
         super().__init__(
-            nn.Conv2d(config.hidden_size, width, 3, padding=1),
+            nn.Conv2d(config.code_dim, width, 3, padding=1),
             *(ResidualBlock(width) for _ in range(config.num_decoder_blocks)),
             nn.ReLU(),
             nn.Conv2d(width, 4 * (width // 4), 3, padding=1),
             nn.PixelShuffle(2),
             nn.ReLU(),
-            nn.Conv2d(width // 4, 4, 3, padding=1),
+            nn.Conv2d(width // 4, 4 * num_channels, 3, padding=1),
             nn.PixelShuffle(2),
         )
 
@@ -107,57 +107,66 @@ class Decoder(nn.Sequential):
 class VQVAE(nn.Module):
     """Stage one: images to maps of codes, and back.
 
+    Args:
+        config: the network.
+        image_shape: (C, S, T), channels, height and width.
     Raises:
-        UserError: an image size that does not divide by 4.
+        InputError: a height or width that 4 does not divide.
     """
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        if config.image_size % DOWNSAMPLING != 0:
-            raise UserError(f"expected an image size that divides by {DOWNSAMPLING}, found {config.image_size}")
-        self.config = config
-        side = config.image_size // DOWNSAMPLING
-        self.map_shape = (side, side)
-        self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(config.k, config.hidden_size, config.codebook_learning, config.ema_decay)
-        self.decoder = Decoder(config)
+        num_channels, height, width = image_shape
+        if min(image_shape) < 1 or height % DOWNSAMPLING != 0 or width % DOWNSAMPLING != 0:
+            raise InputError(
+                f"expected images whose height and width divide by {DOWNSAMPLING}, found {height}x{width}; resize them"
+            )
+        self.config, self.image_shape = config, image_shape
+        self.map_shape = (height // DOWNSAMPLING, width // DOWNSAMPLING)
+        self.encoder = Encoder(config, num_channels)
+        self.quantizer = VectorQuantizer(config.num_codes, config.code_dim, config.codebook_learning, config.ema_decay)
+        self.decoder = Decoder(config, num_channels)
 
-    def forward(self, x: Tensor) -> Forward:
-        """Reconstruct (B, 1, S, S) images, float32 in -1..1.
+    def forward(self, x: Tensor) -> VQVAEOutput:
+        """Reconstruct images (B, C, S, T), float32 in -1..1.
 
         Raises:
             ValueError: images of another shape.
         """
-        z_e = self.latents(x)
+        z_e = self.encode_continuous(x)
         quantized = self.quantizer(z_e)
-        return Forward(self.decoder(quantized.z_q), z_e, *quantized)
+        return VQVAEOutput(self.decoder(quantized.z_q), z_e, *quantized)
 
     @property
     def device(self) -> torch.device:
         return self.quantizer.codebook.device
 
-    def latents(self, x: Tensor) -> Tensor:
-        """z_e (B, D, S/4, S/4), float32 under autocast too, of images (B, 1, S, S) in -1..1."""
-        size = self.config.image_size
-        if x.shape[1:] != (1, size, size):
-            raise ValueError(f"expected images of shape (B, 1, {size}, {size}), found {tuple(x.shape)}")
+    def encode_continuous(self, x: Tensor) -> Tensor:
+        """z_e (B, D, H, W) of images (B, C, S, T) in -1..1. It is float32 under autocast too."""
+        if x.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"expected images of shape (B, {expected}), found {tuple(x.shape)}")
         return self.encoder(x).float()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Indices (B, S/4, S/4) int64 of images (B, 1, S, S) in -1..1."""
-        return self.quantizer.nearest(self.latents(x))
+        """Indices (B, H, W) int64 of images (B, C, S, T) in -1..1."""
+        return self.quantizer.nearest(self.encode_continuous(x))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Images (B, 1, S, S) of code maps (B, S/4, S/4) int64: the only way from codes to pixels."""
+        """Images (B, C, S, T) of code maps (B, H, W) int64. This is the only way from codes to pixels."""
         return self.decoder(self.quantizer.lookup(indices))
 
 
 def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, checkpoint.Header]:
-    """The model of a checkpoint, in eval mode, and its header.
+    """The model of a checkpoint, in eval mode, and the checkpoint's header.
 
     Raises:
-        UserError: no whole VQ-VAE checkpoint is there.
+        InputError: no whole VQ-VAE checkpoint is there.
     """
     header = checkpoint.read_header(path, "vqvae")
-    model = checkpoint.load(path, header, lambda: VQVAE(from_dict(VQVAEConfig, header.config)))
+
+    def build() -> VQVAE:
+        return VQVAE(from_dict(VQVAEConfig, header.config), from_dict(DatasetInfo, header.data).image_shape)
+
+    model = checkpoint.load(path, header, build)
     return model.to(device).eval(), header

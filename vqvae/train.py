@@ -1,4 +1,4 @@
-"""Stage one: its objective, its evaluation, its training run."""
+"""Stage one: its loss, its evaluation, its training task."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,16 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.common import checkpoint
-from vqvae.common.config import require_range
-from vqvae.common.data import Split, digest, load_test, load_train_and_validation, to_model_range, to_unit_range
-from vqvae.common.distributed import main_first, share, summed
-from vqvae.common.engine import Means, Training, evaluating, fit, in_batches
-from vqvae.common.grids import grid
-from vqvae.common.logs import RunLog
-from vqvae.common.metrics import codes_used, count_codes, perplexity
+from vqvae.codec import decode_images, encode_images
+from vqvae.compute import eval_mode, in_batches, pick_device
+from vqvae.data.dataset import Dataset, Split, digest
+from vqvae.data.mnist import load_mnist
+from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.distributed import all_reduce_sum, main_first, shard
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
+from vqvae.pictures import grid
 from vqvae.predictor import CausalPredictor
+from vqvae.quantizer import codes_used, count_codes, perplexity
+from vqvae.storage import checkpoint
+from vqvae.storage.recipe import require_range
+from vqvae.storage.runs import run_lock, weights_file
+from vqvae.training.averages import MetricAverager
+from vqvae.training.logs import RunLog
+from vqvae.training.loop import Run, Task, fit
+from vqvae.training.settings import Training
 
 EVALUATION_BATCH = 500
 NUM_SHOWN = 100
@@ -24,44 +31,35 @@ NUM_SHOWN = 100
 
 @dataclass(frozen=True)
 class VQVAETraining(Training):
-    """How stage one is trained; the defaults are the documented recipe's."""
+    """How stage one is trained. The defaults are the baseline recipe's."""
 
     beta: float = 1.0  # weight of the commitment term
-    free_overshoot: bool = False  # leave out of the reconstruction term what clipping to 0..1 undoes
-    predictability: float = 0.0  # weight of the prediction term (vqvae/predictor.py); 0 leaves it out
+    clipped_loss: bool = False  # no reconstruction error where clipping the output to 0..1 removes it
+    prediction_weight: float = 0.0  # of the prediction term (vqvae/predictor.py); 0 leaves it out
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range("beta", self.beta, 0.1, 2.0)
-        require_range("predictability", self.predictability, 0, 10)
+        require_range("prediction_weight", self.prediction_weight, 0, 10)
 
 
-def networks(
-    config: VQVAEConfig, training: VQVAETraining, device: torch.device
-) -> tuple[VQVAE, CausalPredictor | None, nn.ModuleList]:
-    """A new model, the predictor where the recipe has one, and both as one module, for what trains them."""
-    model = VQVAE(config).to(device).to(memory_format=torch.channels_last)
-    predictable = training.predictability > 0
-    predictor = CausalPredictor(config.hidden_size, model.map_shape).to(device) if predictable else None
-    return model, predictor, nn.ModuleList([model, predictor] if predictor is not None else [model])
-
-
-def objective(
+def loss_terms(
     model: VQVAE, images: Tensor, training: VQVAETraining, predictor: CausalPredictor | None = None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The three terms of eq. 3, each a mean over elements and the batch, the prediction term, and their sum.
+    """The three terms of eq. 3 (arXiv:1711.00937), the prediction term, and their sum.
 
     Args:
-        images: (B, 1, S, S) uint8.
+        images: (B, C, S, T) uint8.
         predictor: None leaves its term out.
     Returns:
-        the terms as scalars, the reconstructions (B, 1, S, S) in 0..1, the indices (B, H, W).
+        the terms as scalars, each a mean over elements and over the batch, the sum first under "total"; the
+        reconstructions (B, C, S, T) in 0..1; the indices (B, H, W).
     """
     x = to_model_range(images)
     x_hat, z_e, z_q, indices, codebook_loss, commitment_loss = model(x)
     x_hat, target = x_hat.float(), x
-    if training.free_overshoot:
-        # A pixel of pure ink or paper that the model makes purer still is drawn right: no error.
+    if training.clipped_loss:
+        # A pixel that is pure black or white, and that the model draws purer still, is right once it is clipped.
         target = torch.where(x_hat.clamp(-1, 1) == x, x_hat.detach(), x)
     terms = {
         "reconstruction": F.mse_loss(x_hat, target),
@@ -69,108 +67,127 @@ def objective(
         "commitment": training.beta * commitment_loss,
     }
     if predictor is not None:
-        terms["prediction"] = training.predictability * predictor.unexplained(z_e, z_q)
-    return (
-        {"total": sum(terms.values(), torch.zeros((), device=x.device)), **terms},
-        to_unit_range(x_hat),
-        indices,
-    )
+        terms["prediction"] = training.prediction_weight * predictor.fraction_unexplained(z_e, z_q)
+    total = sum(terms.values(), torch.zeros((), device=x.device))
+    return {"total": total, **terms}, to_unit_range(x_hat), indices
 
 
-def evaluate(
+def evaluate_vqvae(
     model: VQVAE, split: Split, training: VQVAETraining, predictor: CausalPredictor | None = None
 ) -> dict[str, float]:
-    """Figures of a whole split: the terms; `squared_error` and `psnr_db` (mean over images) of pixels
-    in 0..1; `perplexity` and `codes_used` from counts over the split."""
-    means = Means()
-    counts = torch.zeros(model.config.k, dtype=torch.int64, device=split.images.device)
-    with evaluating(*(network for network in (model, predictor) if network is not None)):
-        for rows in share(in_batches(len(split.labels), EVALUATION_BATCH)):
+    """Figures of a whole split.
+
+    Returns:
+        the loss terms; `squared_error` and `psnr_db` of pixels in 0..1, means over images; `perplexity` and
+        `codes_used`, from counts over the whole split.
+    """
+    averager, num_codes = MetricAverager(), model.config.num_codes
+    counts = torch.zeros(num_codes, dtype=torch.int64, device=split.images.device)
+    with eval_mode(*(network for network in (model, predictor) if network is not None)):
+        for rows in shard(in_batches(len(split.labels), EVALUATION_BATCH)):
             images = split.images[rows]
-            terms, x_hat, indices = objective(model, images, training, predictor)
+            terms, x_hat, indices = loss_terms(model, images, training, predictor)
             error = (x_hat - to_unit_range(to_model_range(images))).square().flatten(1).mean(1)
             psnr = -10 * error.clamp(min=1e-10).log10()
-            means.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
-            counts += count_codes(indices, model.config.k)
-    counts = summed(counts)
-    return {**means.read(), "perplexity": perplexity(counts), "codes_used": codes_used(counts)}
+            averager.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
+            counts += count_codes(indices, num_codes)
+    counts = all_reduce_sum(counts)
+    return {**averager.averages(), "perplexity": perplexity(counts), "codes_used": codes_used(counts)}
 
 
-def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Code maps (N, H, W) and reconstructions (N, 1, S, S) in 0..1 of uint8 images (N, 1, S, S)."""
-    with evaluating(model):
-        indices = torch.cat(
-            [model.encode(to_model_range(images[rows])) for rows in in_batches(len(images), EVALUATION_BATCH)]
+class VQVAETask(Task):
+    """Stage one as a task for the training loop.
+
+    Args:
+        path: of the file that keeps the best weights.
+        seed: of the initial weights, and of the run.
+    """
+
+    unit = "images"
+    best_by = "squared_error"
+
+    def __init__(
+        self,
+        config: VQVAEConfig,
+        training: VQVAETraining,
+        dataset: Dataset,
+        path: Path,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.training, self.info, self.path = training, dataset.info, path
+        self.settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(dataset.train)}
+        torch.manual_seed(seed)
+        self.validation = dataset.validation.to(device)
+        self.data = (dataset.train.images.to(device),)
+        self.vqvae = VQVAE(config, dataset.info.image_shape).to(device).to(memory_format=torch.channels_last)
+        self.predictor: CausalPredictor | None = None
+        if training.prediction_weight > 0:
+            self.predictor = CausalPredictor(config.code_dim, self.vqvae.map_shape).to(device)
+        self.model = nn.ModuleList([m for m in (self.vqvae, self.predictor) if m is not None])
+
+    def loss(self, *batch: Tensor) -> dict[str, Tensor]:
+        (images,) = batch
+        return loss_terms(self.vqvae, images, self.training, self.predictor)[0]
+
+    def evaluate(self) -> dict[str, float]:
+        return evaluate_vqvae(self.vqvae, self.validation, self.training, self.predictor)
+
+    def save_best(self, figures: dict[str, float]) -> None:
+        checkpoint.save(
+            self.path,
+            self.vqvae,
+            stage="vqvae",
+            config=asdict(self.vqvae.config),
+            data=asdict(self.info),
+            recipe=self.settings,
+            metrics=figures,
         )
-    return indices, decode(model, indices)
 
-
-def decode(model: VQVAE, indices: Tensor) -> Tensor:
-    """Images (N, 1, S, S) in 0..1, on the CPU, of code maps (N, H, W)."""
-    with evaluating(model):
-        return torch.cat(
-            [
-                to_unit_range(model.decode_indices(indices[rows])).cpu()
-                for rows in in_batches(len(indices), EVALUATION_BATCH)
-            ]
-        )
+    def show(self, log: RunLog, epoch: int, step: int) -> None:
+        shown = self.validation.images[:NUM_SHOWN]
+        if epoch == 1:
+            with eval_mode(self.vqvae):
+                log.graph(self.vqvae, (to_model_range(shown[:1]),))
+        log.picture("original", grid(to_unit_range(to_model_range(shown))), step)
+        reconstructions = decode_images(self.vqvae, encode_images(self.vqvae, shown))
+        log.picture("reconstruction", grid(reconstructions), step)
 
 
 def train_vqvae(
     config: VQVAEConfig,
     training: VQVAETraining,
     *,
-    seed: int,
+    seed: int = 0,
     data_folder: Path,
     output_folder: Path,
-    device: torch.device,
+    device: str | torch.device = "auto",
     resume: bool = False,
+    overwrite: bool = False,
     download: bool = True,
 ) -> dict[str, float]:
-    """Train stage one; the best epoch on validation is kept as `<output folder>/vqvae.safetensors`.
+    """Train stage one. The best epoch on validation is kept as `<output folder>/vqvae.safetensors`.
 
+    Args:
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
+        download: fetch the data where it is missing.
     Returns:
         the figures of that best epoch on the test split.
     """
+    path, where = weights_file(output_folder, "vqvae"), pick_device(device)
     with main_first():
-        train, validation = (split.to(device) for split in load_train_and_validation(data_folder, download))
-    torch.manual_seed(seed)
-    model, predictor, both = networks(config, training, device)
-    path = output_folder / "vqvae.safetensors"
-    settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(train)}
-    shown = validation.images[:NUM_SHOWN]
+        dataset = load_mnist(data_folder, download)
+    with run_lock(output_folder, "vqvae", resume=resume, overwrite=overwrite):
+        task = VQVAETask(config, training, dataset, path, where, seed)
+        fit(task, training, Run(output_folder / "vqvae", seed, task.settings, resume))
+        best, _ = load_vqvae(path, where)
+        return evaluate_vqvae(best, dataset.load_test().to(where), training)
 
-    def save_best(figures: dict[str, float]) -> None:
-        checkpoint.save(
-            path,
-            model,
-            stage="vqvae",
-            config=asdict(config),
-            recipe=settings,
-            metrics=figures,
-        )
 
-    def show(log: RunLog, epoch: int, step: int) -> None:
-        if epoch == 1:
-            with evaluating(model):
-                log.graph(model, (to_model_range(shown[:1]),))
-        log.picture("original", grid(to_unit_range(to_model_range(shown))), step)
-        log.picture("reconstruction", grid(reconstruct(model, shown)[1]), step)
-
-    fit(
-        both,
-        (train.images,),
-        lambda images: objective(model, images, training, predictor)[0],
-        lambda: evaluate(model, validation, training, predictor),
-        save_best,
-        best_by="squared_error",
-        training=training,
-        seed=seed,
-        folder=output_folder / "vqvae",
-        unit="images",
-        settings=settings,
-        after_epoch=show,
-        resume=resume,
+def summarise(figures: dict[str, float], num_codes: int) -> str:
+    """The main figures of stage one, for people."""
+    return (
+        f"squared error {figures['squared_error']:.5f}, PSNR {figures['psnr_db']:.2f} dB, "
+        f"{figures['codes_used']:.0f} of {num_codes} codes used, perplexity {figures['perplexity']:.0f}"
     )
-    best, _ = load_vqvae(path, device)
-    return evaluate(best, load_test(data_folder, download).to(device), training)

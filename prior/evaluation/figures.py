@@ -1,0 +1,89 @@
+"""The figures of each part of an evaluation: of a set of images, of reconstructions, of likelihoods."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm import tqdm
+
+from prior.codes import Codes
+from prior.evaluation.classifier import Classifier, extract_features
+from prior.evaluation.metrics import frechet_distance, frechet_distance_at_infinity, kid, prdc
+from prior.evaluation.sets import ImageSet, unit_images
+from prior.independent import baselines
+from prior.likelihood import label_log_joint
+from prior.model import GatedPixelCNN
+from prior.train import evaluate_prior
+from vqvae.compute import derive_seed
+from vqvae.data.dataset import DatasetInfo
+from vqvae.distributed import is_main
+
+CONFIDENT = 0.99  # the probability from which on the classifier counts as confident
+
+
+def measure_set(
+    image_set: ImageSet, classifier: Classifier, real_features: Tensor, info: DatasetInfo, seed: int
+) -> dict[str, Any]:
+    """The figures of one set, compared with the features (N, F) of real images."""
+    features, probabilities = extract_features(classifier, image_set.images)
+    confidence, predicted = probabilities.max(dim=1)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "subsets"))  # the same subsets for every set
+    kid_mean, kid_std = kid(real_features, features, generator)
+    figures = {
+        "name": image_set.name,
+        "title": image_set.title,
+        "fid": frechet_distance(real_features, features),
+        "fid_infinity": frechet_distance_at_infinity(real_features, features, generator),
+        "kid": kid_mean,
+        "kid_std": kid_std,
+        **prdc(real_features, features)._asdict(),
+        "confident": (confidence >= CONFIDENT).float().mean().item(),
+    }
+    if info.class_names:
+        figures["predicted"] = torch.bincount(predicted, minlength=info.num_classes).tolist()
+    if image_set.labels is not None:
+        agrees = (predicted == image_set.labels).float()
+        by_class = [agrees[image_set.labels == label] for label in range(info.num_classes)]
+        figures["agreement"] = agrees.mean().item()
+        figures["agreement_by_class"] = [of_class.mean().item() if len(of_class) else None for of_class in by_class]
+    return figures
+
+
+def measure_likelihood(prior: GatedPixelCNN, codes: dict[str, Codes]) -> dict[str, dict[str, float]]:
+    """The likelihood of each split with its labels, beside that of the priors without neighbours.
+
+    The training split is measured on as many maps as the last split has. The unigram is that of all its maps.
+    """
+    num = len(list(codes.values())[-1].labels)
+    measured = {**codes, "train": Codes(codes["train"].indices[:num], codes["train"].labels[:num])}
+    return {
+        name: {**evaluate_prior(prior, split), **baselines(codes["train"], split, prior.num_codes)}
+        for name, split in measured.items()
+    }
+
+
+def measure_without_label(prior: GatedPixelCNN, codes: Codes, info: DatasetInfo) -> dict[str, float]:
+    """What the prior makes of maps whose labels it is not told.
+
+    Their likelihood is that of the mixture, log sum over labels of p(label) p(map | label). By Bayes' rule,
+    p(label | map) is proportional to p(label) p(map | label), so the prior is a classifier too.
+
+    Returns:
+        `num_maps`; `nats_per_code` of the mixture; `accuracy`, the share of maps whose label is the most likely one.
+    """
+    total = len(codes.labels) * info.num_classes
+    with tqdm(total=total, unit="map", desc="each label", dynamic_ncols=True, disable=not is_main()) as bar:
+        log_joint = label_log_joint(prior, codes.indices, info.class_frequencies, progress=bar.update)
+    height, width = prior.map_shape
+    return {
+        "num_maps": len(log_joint),
+        "nats_per_code": -log_joint.logsumexp(dim=1).mean().item() / (height * width),
+        "accuracy": (log_joint.argmax(dim=1) == codes.labels.cpu()).double().mean().item(),
+    }
+
+
+def structural_similarity(originals: Tensor, reconstructions: Tensor) -> float:
+    """SSIM, mean over images: at most 1, which equal images have. Both are (N, C, H, W) uint8."""
+    target, found = unit_images(originals), unit_images(reconstructions)
+    return torch.as_tensor(structural_similarity_index_measure(found, target, data_range=1.0)).item()

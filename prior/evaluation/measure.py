@@ -1,0 +1,236 @@
+"""Both stages measured: sets of images compared with training images, likelihood, and memorisation.
+
+code maps --decoder--> sets of images --classifier--> features --metrics--> a row of figures for each set
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prior.codes import Codes, extract
+from prior.evaluation.classifier import Classifier, extract_features, load_classifier
+from prior.evaluation.classifier_training import ClassifierTraining, accuracy_after_training_on, require_trainable
+from prior.evaluation.figures import measure_likelihood, measure_set, measure_without_label, structural_similarity
+from prior.evaluation.memorisation import measure_memorisation
+from prior.evaluation.sets import (
+    ImageSet,
+    Sampler,
+    decoded_images,
+    make_samplers,
+    real_images,
+    require_same_kind,
+)
+from prior.independent import nats_by_position as unigram_nats_by_position
+from prior.independent import unigram
+from prior.likelihood import nats_by_position
+from prior.model import GatedPixelCNN
+from prior.pair import Pair
+from prior.sampling import GUIDANCE, check_options
+from vqvae.data.dataset import Dataset, DatasetInfo, Split
+from vqvae.distributed import is_main
+from vqvae.errors import InputError
+from vqvae.model import VQVAE
+from vqvae.quantizer import count_codes
+from vqvae.train import VQVAETraining, evaluate_vqvae
+
+FEWEST_IMAGES = 100  # with fewer, the figures say nothing
+
+T = TypeVar("T", Sampler, ImageSet)
+
+
+class Evaluation(NamedTuple):
+    """What was measured."""
+
+    figures: dict[str, Any]  # plain numbers and text for metrics.json; `origin` says what was measured, and with what
+    sets: list[ImageSet]
+    labelled_samples: ImageSet  # the set whose memorisation was measured; without classes it has no labels
+    closest: Tensor  # (2 * NUM_PAIRS, C, H, W) uint8: samples, each followed by its nearest training image
+    nats: Tensor  # (h, w), the prior's by position
+    unigram_nats: Tensor  # (h, w), the unigram's
+    code_counts: Tensor  # (K,) int64, in the maps of the measured split
+
+
+def evaluate_pair(
+    pair: Pair,
+    classifier_file: Path,
+    dataset: Dataset,
+    *,
+    split: str = "test",
+    num_samples: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    accuracy_score: bool = False,
+) -> Evaluation:
+    """Measure a VQ-VAE and its prior on a dataset.
+
+    Args:
+        classifier_file: weights of the classifier whose features the metrics are taken in.
+        split: "validation" to choose by, or "test" to report.
+        num_samples: images in each set, at least 100. None takes as many as the split has.
+        guidance: of samples with labels. None stands for `sampling.GUIDANCE`.
+        accuracy_score: also measure the classification accuracy score, which trains two classifiers.
+    Raises:
+        InputError: an argument is out of range, the classifier's file is missing or damaged, or the dataset is not of
+            the kind that the models have learned.
+    """
+    if split not in ("validation", "test"):
+        raise InputError(f"expected `split` to be validation or test, found {split!r}; try `split=test`")
+    require_same_kind(pair.info, dataset.info)
+    if accuracy_score:
+        require_trainable(pair.info)
+    classifier, classifier_header = load_classifier(classifier_file, pair.vqvae.device)
+    splits = {"train": dataset.train, "validation": dataset.validation}
+    if split == "test":
+        splits["test"] = dataset.load_test()
+    evaluation = evaluate(
+        pair.vqvae,
+        pair.prior,
+        classifier,
+        pair.info,
+        splits,
+        num_samples=len(splits[split].images) if num_samples is None else num_samples,
+        seed=seed,
+        guidance=GUIDANCE if guidance is None else guidance,
+    )
+    evaluation.figures["origin"] |= {
+        "vqvae": pair.vqvae_header.fingerprint,
+        "prior": pair.prior_header.fingerprint,
+        "classifier": classifier_header.fingerprint,
+    }
+    if accuracy_score:
+        samples = evaluation.labelled_samples
+        scores = classification_accuracy_score(
+            samples, dataset.train, splits[split], pair.info, seed, pair.vqvae.device
+        )
+        evaluation.figures["classification_accuracy_score"] = scores
+    return evaluation
+
+
+def evaluate(
+    vqvae: VQVAE,
+    prior: GatedPixelCNN,
+    classifier: Classifier,
+    info: DatasetInfo,
+    splits: dict[str, Split],
+    *,
+    num_samples: int,
+    seed: int,
+    guidance: float = GUIDANCE,
+) -> Evaluation:
+    """Measure a pair of stages.
+
+    Args:
+        info: what the images are; labels that are not asked for are drawn from its class frequencies.
+        splits: the training images as `train`, which every set is compared with, and others by name. The last one is
+            measured: validation to choose by, test to report.
+        num_samples: images in each set, between 100 and the number of images in the measured split.
+        guidance: of samples with labels. If it is not 1, samples of guidance 1 are measured too.
+    Raises:
+        InputError: `num_samples` or `guidance` is out of range, a split is too small, or the classifier has learned
+            other images or classes.
+    """
+    train, (measured_name, measured) = splits["train"], list(splits.items())[-1]
+    check_options(guidance, temperature=1, top_k=None, top_p=1)
+    _check(classifier, info, num_samples, most=min(len(train.images), len(measured.images)))
+    reference, held_out = train.first(num_samples), measured.first(num_samples)
+    print("extracting the code maps", flush=True)
+    codes = {name: extract(vqvae, split) for name, split in splits.items()}
+    train_codes, measured_codes = codes["train"], codes[measured_name]
+    held_out_codes = Codes(measured_codes.indices[:num_samples], measured_codes.labels[:num_samples])
+    frequencies = unigram(train_codes, vqvae.config.num_codes)
+
+    samplers = make_samplers(vqvae, prior, info, held_out, reference.labels, frequencies, seed=seed, guidance=guidance)
+    drawn = [decoded_images(sampler, vqvae, seed) for sampler in _with_progress(samplers, "drawing")]
+    sets = {image_set.name: image_set for image_set in [real_images(held_out, info), *drawn]}
+    features, _ = extract_features(classifier, reference.images)
+    rows = [measure_set(s, classifier, features, info, seed) for s in _with_progress([*sets.values()], "measuring")]
+
+    print("measuring memorisation and likelihood", flush=True)
+    labelled_samples = sets.get("pixelcnn_guided") or sets.get("pixelcnn_labelled") or sets["pixelcnn"]
+    memorisation, closest = measure_memorisation(
+        sets["real"].images,
+        sets["reconstructions"].images,
+        labelled_samples,
+        train.images,
+        train_codes.indices,
+        held_out_codes.indices,
+    )
+    figures = {
+        "origin": {"split": measured_name, "num_samples": num_samples, "seed": seed, "guidance": guidance},
+        "class_names": list(info.class_names),
+        "rows": rows,
+        "stage_one": {
+            **evaluate_vqvae(vqvae, measured.to(vqvae.device), VQVAETraining()),
+            "ssim": structural_similarity(held_out.images, sets["reconstructions"].images),
+        },
+        "likelihood": measure_likelihood(prior, codes),
+        "memorisation": memorisation,
+    }
+    if info.class_names:
+        figures["without_label"] = measure_without_label(prior, held_out_codes, info)
+    return Evaluation(
+        figures,
+        list(sets.values()),
+        labelled_samples,
+        closest,
+        nats_by_position(prior, measured_codes).cpu(),
+        unigram_nats_by_position(frequencies, measured_codes.indices).cpu(),
+        count_codes(measured_codes.indices, vqvae.config.num_codes).cpu(),
+    )
+
+
+def classification_accuracy_score(
+    samples: ImageSet, train: Split, measured: Split, info: DatasetInfo, seed: int, device: torch.device
+) -> dict[str, float]:
+    """The accuracy on held-out images of a classifier that was trained on labelled samples alone (arXiv:1905.10887).
+
+    Returns:
+        `samples`, and beside it `real`: the accuracy of a classifier that was trained on as many real images.
+    Raises:
+        InputError: there are fewer than two classes, or several processes.
+    """
+    assert samples.labels is not None
+    num = len(samples.images)
+    sources = {"samples": Split(samples.images, samples.labels), "real": train.first(num)}
+    scores = {}
+    for name, source in sources.items():
+        print(f"training a classifier on {num} {'real images' if name == 'real' else name}", flush=True)
+        scores[name] = accuracy_after_training_on(
+            source.to(device), measured.to(device), info, ClassifierTraining(), seed
+        )
+    return scores
+
+
+def _with_progress(items: Sequence[T], doing: str) -> Iterator[T]:
+    """The items one by one. A progress bar says which one is being worked on."""
+    with tqdm(total=len(items), unit="set", dynamic_ncols=True, disable=not is_main()) as bar:
+        for item in items:
+            bar.set_description(f"{doing}: {item.title}")
+            yield item
+            bar.update()
+
+
+def _check(classifier: Classifier, info: DatasetInfo, num_samples: int, most: int) -> None:
+    if classifier.image_shape != info.image_shape:
+        raise InputError(
+            f"expected a classifier of images {info.image_shape}, found one of images {classifier.image_shape}; train "
+            f"one on {info.name} with `train_classifier()`"
+        )
+    if info.class_names and classifier.num_classes != info.num_classes:
+        raise InputError(
+            f"expected a classifier of {info.num_classes} classes, found one of {classifier.num_classes}; train one on "
+            f"{info.name} with `train_classifier()`"
+        )
+    if most < FEWEST_IMAGES:
+        raise InputError(
+            f"expected at least {FEWEST_IMAGES} images in each split, found {most}; measure with a larger dataset"
+        )
+    if not FEWEST_IMAGES <= num_samples <= most:
+        raise InputError(
+            f"expected `num_samples` between {FEWEST_IMAGES} and {most}, the number of images to compare with, found "
+            f"{num_samples}; try `num_samples={most}`"
+        )

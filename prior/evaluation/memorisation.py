@@ -1,0 +1,63 @@
+"""Whether samples repeat training images.
+
+A prior that has learned its training maps by heart draws images that lie closer to training images than new images do.
+So three sets are compared by the distance of each image to its nearest training image: held-out images, their
+reconstructions, and samples. The reconstructions are there because samples are as smooth as they are, and smooth images
+lie closer to everything. A second check counts the samples whose code map is that of a training image.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prior.evaluation.metrics import mann_whitney_p, nearest
+from prior.evaluation.sets import ImageSet, unit_images
+
+NUM_PAIRS = 50
+
+
+def measure_memorisation(
+    real: Tensor,
+    reconstructions: Tensor,
+    samples: ImageSet,
+    train_images: Tensor,
+    train_indices: Tensor,
+    real_indices: Tensor,
+) -> tuple[dict[str, Any], Tensor]:
+    """Compare held-out images, their reconstructions and samples with the training images.
+
+    Args:
+        real, reconstructions: (N, C, H, W) uint8.
+        samples: at least NUM_PAIRS images, with their indices.
+        train_images: (M, C, H, W) uint8.
+        train_indices: (M, h, w) int64, the code maps of the training images.
+        real_indices: (N, h, w) int64, the code maps of the held-out images.
+    Returns:
+        the figures, and the NUM_PAIRS closest pairs (2 * NUM_PAIRS, C, H, W) uint8: a sample, then the training image
+        nearest to it. Distances are root mean squares over the values of an image in 0..1. A p-value is one-sided
+        (arXiv:2004.05675): a small one says that the first set lies closer to the training images than the second.
+    """
+    reference = unit_images(train_images).flatten(1)
+    distances, rows = {}, {}
+    for name, images in {"real": real, "reconstructions": reconstructions, "samples": samples.images}.items():
+        distance, rows[name] = nearest(unit_images(images).flatten(1), reference)
+        distances[name] = distance / reference.shape[1] ** 0.5
+    assert samples.indices is not None
+    figures = {
+        "distance": {name: distance.mean().item() for name, distance in distances.items()},
+        "p_closer_than_real": mann_whitney_p(distances["samples"], distances["real"]),
+        "p_closer_than_reconstructions": mann_whitney_p(distances["samples"], distances["reconstructions"]),
+        "p_reconstructions_closer_than_real": mann_whitney_p(distances["reconstructions"], distances["real"]),
+        "copied_maps": count_copies(samples.indices, train_indices),
+        "copied_maps_real": count_copies(real_indices, train_indices),
+    }
+    closest = distances["samples"].argsort()[:NUM_PAIRS]
+    pairs = torch.stack([samples.images[closest], train_images[rows["samples"][closest]]], dim=1)
+    return figures, pairs.flatten(0, 1)
+
+
+def count_copies(indices: Tensor, train_indices: Tensor) -> int:
+    """How many of the maps (N, h, w) are among the training maps (M, h, w)."""
+    known = {code_map.tobytes() for code_map in train_indices.cpu().numpy()}
+    return sum(code_map.tobytes() in known for code_map in indices.cpu().numpy())

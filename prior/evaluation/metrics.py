@@ -1,0 +1,149 @@
+"""How close a set of images is to a set of real images, measured in features of both.
+
+Features are (N, F) float32 tensors on the CPU, one row per image. This module knows nothing of images, codes or
+classifiers: any features will do, but figures compare only with figures of the same features. Give both sets the same
+number of rows, because the Fréchet distance grows as the sets get smaller.
+"""
+
+from typing import NamedTuple
+
+import torch
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+KID_NUM_SUBSETS = 50
+KID_SUBSET_SIZE = 1000
+NUM_NEIGHBOURS = 5  # k of precision, recall, density and coverage
+NUM_EXTRAPOLATION_SIZES = 8
+ROWS_AT_ONCE = 1000  # rows of a distance matrix that are in memory at the same time
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """FID: the Fréchet distance |m_r - m_f|^2 + tr(C_r + C_f - 2 (C_r C_f)^(1/2)) (arXiv:1706.08500, eq. 6).
+
+    Args:
+        real, fake: (N, F) and (M, F) features; m and C are their means and covariances.
+    Returns:
+        at least 0; 0 where means and covariances are the same.
+    """
+    real, fake = real.double(), fake.double()
+    covariance_real, covariance_fake = real.T.cov(), fake.T.cov()
+    # The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues of A B.
+    # A^(1/2) B A^(1/2) has the same eigenvalues, and it is symmetric.
+    values, vectors = torch.linalg.eigh(covariance_real)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance_fake @ root).clamp(min=0).sqrt().sum()
+    means = (real.mean(0) - fake.mean(0)).square().sum()
+    return (means + covariance_real.trace() + covariance_fake.trace() - 2 * cross).item()
+
+
+def frechet_distance_at_infinity(real: Tensor, fake: Tensor, generator: torch.Generator) -> float:
+    """The Fréchet distance extrapolated to infinitely many samples (arXiv:1911.07023).
+
+    The distance of N samples is about a + b / N. The result is the a of a line fitted to the distances of subsets of
+    several sizes, from a quarter of the samples to all of them. It may be a little below 0.
+
+    Args:
+        real, fake: (N, F) and (M, F) features.
+        generator: draws the subsets; it is on the CPU.
+    """
+    most = min(len(real), len(fake))
+    sizes = torch.linspace(most / 4, most, NUM_EXTRAPOLATION_SIZES).long().tolist()
+    distances = [frechet_distance(_subset(real, size, generator), _subset(fake, size, generator)) for size in sizes]
+    inverse = torch.tensor([[1.0, 1 / size] for size in sizes], dtype=torch.float64)
+    return torch.linalg.lstsq(inverse, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[0, 0].item()
+
+
+def kid(real: Tensor, fake: Tensor, generator: torch.Generator) -> tuple[float, float | None]:
+    """KID: the squared maximum mean discrepancy under the kernel (x.y / F + 1)^3, unbiased (arXiv:1801.01401).
+
+    Args:
+        real, fake: (N, F) and (M, F) features, each of at least 2 rows.
+        generator: draws the subsets that the mean is taken over; it is on the CPU.
+    Returns:
+        the mean over the subsets, which may be a little below 0; and their standard deviation. The latter is None
+        where the sets are so small that every subset is the whole set: then the subsets say nothing about the spread.
+    """
+    size = min(KID_SUBSET_SIZE, len(real), len(fake))
+    values = [
+        _squared_mmd(_subset(real, size, generator), _subset(fake, size, generator)) for _ in range(KID_NUM_SUBSETS)
+    ]
+    distances = torch.tensor(values, dtype=torch.float64)
+    subsets_differ = size < max(len(real), len(fake))
+    return distances.mean().item(), distances.std().item() if subsets_differ else None
+
+
+def _squared_mmd(real: Tensor, fake: Tensor) -> float:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+
+    num = len(real)
+    within = sum(k.sum() - k.trace() for k in (kernel(real, real), kernel(fake, fake))) / (num * (num - 1))
+    return (within - 2 * kernel(real, fake).mean()).item()
+
+
+class PRDC(NamedTuple):
+    """Precision and recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797).
+
+    The ball of a feature reaches to its k-th nearest neighbour in its own set. All figures but density are in 0..1.
+    """
+
+    precision: float  # share of fake features that lie in the ball of a real one
+    recall: float  # share of real features that lie in the ball of a fake one
+    density: float  # number of real balls that a fake feature lies in, divided by k, mean over fakes; may exceed 1
+    coverage: float  # share of real features whose ball holds a fake one
+
+
+def prdc(real: Tensor, fake: Tensor, k: int = NUM_NEIGHBOURS) -> PRDC:
+    """Precision, recall, density and coverage of `fake` (M, F) as a picture of `real` (N, F).
+
+    Args:
+        k: which neighbour the balls reach to; each set has more than k rows.
+    """
+    radii_of_fake = _radii(fake, k)
+    num_balls = torch.zeros(len(fake))  # for each fake feature, the real balls that hold it
+    num_covered = num_recalled = 0
+    for rows, radii in zip(real.split(ROWS_AT_ONCE), _radii(real, k).split(ROWS_AT_ONCE), strict=True):
+        distances = torch.cdist(rows, fake)
+        inside = distances < radii[:, None]
+        num_balls += inside.sum(dim=0)
+        num_covered += int(inside.any(dim=1).sum())
+        num_recalled += int((distances < radii_of_fake).any(dim=1).sum())
+    return PRDC(
+        precision=(num_balls > 0).float().mean().item(),
+        recall=num_recalled / len(real),
+        density=num_balls.mean().item() / k,
+        coverage=num_covered / len(real),
+    )
+
+
+def nearest(vectors: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of the vectors (N, P), its nearest among the reference vectors (M, P).
+
+    Returns:
+        the Euclidean distances (N,), and the rows (N,) int64 of `reference` that they are to.
+    """
+    found = [torch.cdist(rows, reference).min(dim=1) for rows in vectors.split(ROWS_AT_ONCE)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def mann_whitney_p(a: Tensor, b: Tensor) -> float:
+    """One-sided p-value of the Mann-Whitney test that the distances `a` (N,) are smaller than `b` (M,).
+
+    A small value says that `a` lies closer. The data-copying test of arXiv:2004.05675 is this one.
+    """
+    return float(mannwhitneyu(a.numpy(), b.numpy(), alternative="less").pvalue)
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """The distance (N,) of each feature to its k-th nearest neighbour, itself not counted."""
+    return torch.cat(
+        [
+            torch.cdist(rows, features).topk(k + 1, dim=1, largest=False).values[:, -1]  # the nearest is itself
+            for rows in features.split(ROWS_AT_ONCE)
+        ]
+    )
+
+
+def _subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return features[torch.randperm(len(features), generator=generator)[:size]]

@@ -1,0 +1,179 @@
+"""An evaluation written down: metrics.json and tables, pictures, and one HTML page that holds everything."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from prior.evaluation.measure import Evaluation, evaluate_pair
+from prior.evaluation.sets import unit_images
+from prior.evaluation.tables import Table, as_markdown, as_text, describe_origin, notes, tabulate
+from prior.pair import Pair
+from vqvae.data.dataset import Dataset
+from vqvae.pictures import grid_png
+from vqvae.storage.files import make_folder, write_atomically
+
+NUM_SHOWN = 100
+WIDEST_WITH_NUMBERS = 12  # a map of more columns has no space for its numbers
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>VQ-VAE + PixelCNN: evaluation</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+figure { display: inline-block; margin: 0 1.5rem 1.5rem 0; vertical-align: top; max-width: 100%; }
+figcaption { max-width: 32rem; color: #444; }
+img { max-width: 100%; }
+</style>
+</head>
+<body>
+<h1>VQ-VAE + PixelCNN: evaluation</h1>
+<p>{{ about | join("; ") }}</p>
+{% for note in notes %}
+<p>{{ note }}</p>
+{% endfor %}
+{% for title, rows in tables %}
+<h2>{{ title }}</h2>
+<table>
+<tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows[1:] %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+<h2>Pictures</h2>
+<div>
+{% for caption, data in pictures %}
+<figure>
+<img alt="{{ caption }}" src="data:image/png;base64,{{ data }}">
+<figcaption>{{ caption }}</figcaption>
+</figure>
+{% endfor %}
+</div>
+</body>
+</html>
+"""
+
+
+class Picture(NamedTuple):
+    """A picture of the report."""
+
+    caption: str
+    png: bytes
+
+
+def evaluate_and_report(pair: Pair, classifier_file: Path, dataset: Dataset, folder: Path, **options: Any) -> str:
+    """Measure a pair, write the report into a folder, and return all tables as text.
+
+    Args:
+        options: split, num_samples, guidance, seed and accuracy_score of `measure.evaluate_pair`.
+    Raises:
+        InputError: an option is out of range, a file is missing or damaged, or the folder can't be written.
+    """
+    make_folder(folder)  # before the measuring, which takes minutes
+    evaluation = evaluate_pair(pair, classifier_file, dataset, **options)
+    write_report(evaluation, folder)
+    return tables_as_text(evaluation)
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> None:
+    """Write everything into a folder, which is made if it is missing. The numbers come first, then the pictures.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    figures = evaluation.figures
+    about, remarks, tables = describe_origin(figures), notes(figures), tabulate(figures)
+    texts = {
+        "metrics.json": [json.dumps(figures, indent=2)],
+        "table.txt": [*about, *remarks, *(f"\n{title}\n{as_text(rows)}" for title, rows in tables)],
+        "table.md": [*about, "", *remarks, *(f"\n**{title}**\n\n{as_markdown(rows)}" for title, rows in tables)],
+    }
+    for name, lines in texts.items():
+        write_atomically(folder / name, "\n".join([*lines, ""]).encode())
+    pictures = draw_pictures(evaluation)
+    for name, picture in pictures.items():
+        write_atomically(folder / f"{name}.png", picture.png)
+    write_atomically(folder / "report.html", render_page(about, remarks, tables, list(pictures.values())).encode())
+
+
+def tables_as_text(evaluation: Evaluation) -> str:
+    """All tables for a terminal. Each names the classifier that its figures are taken with."""
+    classifier = evaluation.figures["origin"]["classifier"][:12]
+    tables = [f"\n{title} (classifier {classifier})\n{as_text(rows)}" for title, rows in tabulate(evaluation.figures)]
+    return "\n".join([*tables, "", *notes(evaluation.figures)])
+
+
+def render_page(about: list[str], remarks: list[str], tables: list[Table], pictures: list[Picture]) -> str:
+    """One HTML page that needs no other file. Every text is escaped.
+
+    Args:
+        about: where the figures come from, a few words each.
+        remarks: sentences that stand above the tables.
+    """
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    encoded = [(picture.caption, base64.b64encode(picture.png).decode()) for picture in pictures]
+    return environment.from_string(PAGE).render(about=about, notes=remarks, tables=tables, pictures=encoded)
+
+
+def draw_pictures(evaluation: Evaluation) -> dict[str, Picture]:
+    """The pictures by their names: the first images of each set, the closest pairs, and two plots."""
+    pictures = {}
+    for image_set in evaluation.sets:
+        shown = unit_images(image_set.images[:NUM_SHOWN])
+        pictures[image_set.name] = Picture(f"{image_set.title}: the first {len(shown)}", grid_png(shown))
+    pictures["closest"] = Picture(
+        "Closest pairs: a sample and, right of it, the training image nearest to it",
+        grid_png(unit_images(evaluation.closest)),
+    )
+    maps = {"per-position unigram": evaluation.unigram_nats, "PixelCNN": evaluation.nats}
+    pictures["nats-by-position"] = Picture("Likelihood by position, nats per code", plot_heat_maps(maps))
+    pictures["code-usage"] = Picture(
+        "How often each code is chosen, most frequent first", plot_code_usage(evaluation.code_counts)
+    )
+    return pictures
+
+
+def plot_heat_maps(maps: dict[str, Tensor]) -> bytes:
+    """Nats per code by position, as PNG: maps (h, w) side by side under their titles. All share one scale."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    panels = figure.subplots(1, len(maps))
+    most = max(float(nats.max()) for nats in maps.values())
+    for panel, (title, nats) in zip(panels, maps.items(), strict=True):
+        image = panel.imshow(nats.numpy(), vmin=0, vmax=most, cmap="viridis")
+        panel.set_title(f"{title}: {nats.mean():.2f}")
+        for i, row in enumerate(nats.tolist()):
+            for j, value in enumerate(row if nats.shape[1] <= WIDEST_WITH_NUMBERS else []):
+                color = "white" if value < most / 2 else "black"
+                panel.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
+    figure.colorbar(image, ax=panels, label="nats per code")
+    return _to_png(figure)
+
+
+def plot_code_usage(counts: Tensor) -> bytes:
+    """The share of each code, the most frequent first, as PNG. `counts` is (K,) int64."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    panel = figure.subplots()
+    ordered = counts.sort(descending=True).values
+    panel.plot((ordered / ordered.sum()).numpy(), label="share of all codes")
+    panel.axhline(1 / len(ordered), color="gray", linestyle="--", label="an even split")
+    panel.set(xlabel="code, by rank", ylabel="share", yscale="log", xlim=(0, len(ordered) - 1))
+    panel.legend()
+    return _to_png(figure)
+
+
+def _to_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()

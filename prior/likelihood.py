@@ -1,0 +1,86 @@
+"""Likelihoods under the prior, with a label, and without one by summing over the labels.
+
+log p(map | label) = sum over positions of log softmax(logits)[code]
+log p(map)         = log sum over labels of p(label) p(map | label)
+p(label | map)     = p(label) p(map | label) / p(map)            (Bayes' rule)
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from prior.codes import Codes
+from prior.model import GatedPixelCNN
+from vqvae.compute import eval_mode, in_batches
+
+BATCH = 250
+
+
+def nats_per_code(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None) -> Tensor:
+    """Mean negative log-likelihood of maps (B, H, W) under labels (B,), in nats per code: a scalar, the training loss.
+
+    Args:
+        labels: None stands for `no_label` everywhere.
+    """
+    logits = rearrange(prior(indices, labels).float(), "b k h w -> (b h w) k")  # twice as fast as over a middle axis
+    return F.cross_entropy(logits, indices.flatten())
+
+
+def nats_per_map(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None, num_rows: int | None = None) -> Tensor:
+    """Negative log-likelihood (N,) float64 of each map (N, H, W) under its label (N,), in nats, on the CPU.
+
+    Args:
+        num_rows: the first rows, whose codes are counted. None stands for all.
+    """
+    nats = []
+    with eval_mode(prior):
+        for rows in in_batches(len(indices), BATCH):
+            some = indices[rows].to(prior.device)
+            logits = prior(some, None if labels is None else labels[rows].to(prior.device))
+            by_position = F.cross_entropy(logits, some, reduction="none").double()  # (B, H, W)
+            nats.append(by_position[:, :num_rows].sum(dim=(1, 2)).cpu())
+    return torch.cat(nats)
+
+
+def label_log_joint(
+    prior: GatedPixelCNN,
+    indices: Tensor,
+    frequencies: Tensor,
+    *,
+    num_rows: int | None = None,
+    progress: Callable[[int], object] = lambda num_done: None,
+) -> Tensor:
+    """log p(label) + log p(map | label), in nats: (N, num_classes) float64 for maps (N, H, W).
+
+    Where there are no classes the one column (N, 1) is log p(map).
+
+    Args:
+        frequencies: p(label), (num_classes,).
+        num_rows: the first rows, whose codes are counted. None stands for all.
+        progress: called with the number of maps that were scored since the last call, under one of the labels.
+    """
+    labels = range(len(frequencies)) or [prior.no_label]
+    log_p_label = frequencies.double().log() if len(frequencies) > 0 else torch.zeros(1, dtype=torch.float64)
+    columns = []
+    for label, log_p in zip(labels, log_p_label, strict=True):
+        columns.append(log_p - nats_per_map(prior, indices, torch.full((len(indices),), label), num_rows))
+        progress(len(indices))
+    return torch.stack(columns, dim=1)
+
+
+def mixture_nats_per_map(prior: GatedPixelCNN, indices: Tensor, frequencies: Tensor) -> Tensor:
+    """Negative log-likelihood (N,) float64 of maps (N, H, W) without a label: -log of the sum over labels, in nats."""
+    return -label_log_joint(prior, indices, frequencies).logsumexp(dim=1)
+
+
+def nats_by_position(prior: GatedPixelCNN, codes: Codes) -> Tensor:
+    """Mean negative log-likelihood of each position (H, W) over a split, with its labels."""
+    total = torch.zeros(prior.map_shape, dtype=torch.float64, device=prior.device)
+    with eval_mode(prior):
+        for rows in in_batches(len(codes.labels), BATCH):
+            logits = prior(codes.indices[rows], codes.labels[rows])
+            total += F.cross_entropy(logits, codes.indices[rows], reduction="none").sum(dim=0)
+    return total / len(codes.labels)

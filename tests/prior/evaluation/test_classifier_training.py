@@ -1,0 +1,149 @@
+"""The classifier's augmentation, loss, evaluation and run, and what training on a few images is worth."""
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prior.evaluation import classifier_training as training
+from prior.evaluation.classifier import Classifier, ClassifierConfig, load_classifier
+from prior.evaluation.classifier_training import ClassifierTask, ClassifierTraining, augment
+from tests.helpers import CPU, FIXTURE, make_info, make_split, mnist
+from tests.prior.evaluation.test_classifier import make_classifier
+from vqvae.data.dataset import Split, digest
+from vqvae.data.pixels import to_model_range
+from vqvae.errors import InputError, MissingFileError
+
+
+def test_each_image_is_rotated_scaled_and_shifted_by_its_own_draws_before_the_background() -> None:
+    # Where pixels are taken from is read off images whose values are their own x or y, from -1 to 1.
+    y, x = torch.meshgrid(*[(2 * torch.arange(28.0) + 1) / 28 - 1] * 2, indexing="ij")
+    places = []
+    for ramp in (x, y):
+        torch.manual_seed(1)  # the same draws for both
+        places.append(augment(ramp.expand(2000, 1, 28, 28))[:, 0, 9:19, 9:19].flatten(1))  # far from the outside
+    pixels = torch.stack([x[9:19, 9:19].flatten(), y[9:19, 9:19].flatten(), torch.ones(100)], dim=1)
+    fitted = torch.linalg.lstsq(pixels.expand(2000, 100, 3), torch.stack(places, dim=2)).solution  # (2000, 3, 2)
+    torch.testing.assert_close(pixels @ fitted, torch.stack(places, dim=2), atol=1e-4, rtol=0)  # it is affine
+    (a, b), (c, d), (shift_x, shift_y) = fitted.numpy().transpose(1, 2, 0)  # x' = a x + c y + shift_x
+    np.testing.assert_allclose((a, b), (d, -c), atol=1e-4)  # it only rotates and scales
+    drawn = np.stack([np.arctan2(b, a), np.hypot(a, b) - 1, shift_x, shift_y])
+    for values, most in zip(drawn, (math.pi / 15, 0.12, 0.15, 0.15), strict=True):  # 12 degrees, 12 %, two pixels
+        assert 0.98 * most < min(values.max(), -values.min()) < np.abs(values).max() < most + 1e-4
+        assert np.mean(np.abs(values) < most / 2) == pytest.approx(0.5, abs=0.05)  # evenly
+    np.testing.assert_allclose(np.corrcoef(drawn), np.eye(4), atol=0.1)  # independently
+    white = augment(torch.ones(300, 3, 20, 36))  # what comes in from outside is the background
+    assert (white.shape, white.min(), white.max()) == ((300, 3, 20, 36), -1, pytest.approx(1, abs=1e-5))
+    assert (augment(-torch.ones(300, 3, 20, 36)) == -1).all()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 22, 500])
+def test_the_loss_is_of_augmented_images_and_figures_are_of_each_image_as_it_is(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_hand(x: Tensor) -> float:
+        with torch.no_grad():
+            rows = model(x).double().numpy()
+        return np.mean([np.log(np.exp(row).sum()) - row[label] for row, label in zip(rows, split.labels, strict=True)])
+
+    monkeypatch.setattr(training, "EVALUATION_BATCH", batch)
+    monkeypatch.setattr(training, "augment", lambda x: -x)  # stands in, and shows that it was asked
+    model, split = make_classifier(), make_split(23)
+    task, x = ClassifierTask(model, split, split), split.images.float() / 127.5 - 1
+    wrong = (model(x).argmax(dim=1) != split.labels).double().mean().item()
+    assert task.evaluate() == pytest.approx({"cross_entropy": by_hand(x), "error": wrong}, abs=1e-5)
+    losses = task.loss(*task.data)
+    assert (list(losses), losses["cross_entropy"].item()) == (["cross_entropy"], pytest.approx(by_hand(-x), abs=1e-5))
+    losses["cross_entropy"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def train(folder: Path, num_epochs: int, **options: Any) -> dict[str, float]:
+    """A run on the fixture, without a drawing of its graph, which would take longer."""
+    settings = ClassifierTraining(batch_size=44, num_epochs=num_epochs, schedule="constant")
+    common = {"seed": 3, "data_folder": FIXTURE, "device": CPU, "download": False, "output_folder": folder}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.SavedClassifierTask, "show", lambda *_: None)
+        return training.train_classifier(ClassifierConfig(4), settings, **{**common, **options})
+
+
+def test_the_best_epoch_on_validation_is_kept_and_the_test_split_is_read_once_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted, asked, seen = iter([3.0, 1.0, 2.0, 0.5]), [], []
+
+    def figures_by_script(model: Classifier, split: Split) -> dict[str, float]:
+        asked.append(split.labels.tolist())
+        seen.append(model.head.weight.detach().clone())
+        return {"error": -len(seen), "cross_entropy": next(scripted)}
+
+    monkeypatch.setattr(training, "evaluate_classifier", figures_by_script)
+    assert train(tmp_path, 3)["cross_entropy"] == 0.5
+    assert asked == [mnist().validation.labels.tolist()] * 3 + [mnist().load_test().labels.tolist()]
+    kept, header = load_classifier(tmp_path / "classifier.safetensors", CPU)
+    found = [torch.equal(kept.head.weight, weight) for weight in seen]
+    assert found == [False, True, False, True]  # the test split's figures are theirs
+    assert (header.metrics["cross_entropy"], header.config) == (1.0, {"width": 4})
+    assert header.data["class_counts"] == list(mnist().info.class_counts)
+    assert header.recipe["batch_size"] == 44
+
+
+def test_training_on_labelled_images_is_worth_what_their_labels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(labels: Tensor) -> float:
+        torch.rand(17)
+        settings, split = ClassifierTraining(batch_size=32, num_epochs=5), Split(data.train.images, labels)
+        return training.accuracy_after_training_on(split, data.load_test(), data.info, settings, seed=1)
+
+    monkeypatch.setattr(training, "ClassifierConfig", lambda: ClassifierConfig(width=8))
+    data = mnist()
+    assert score(data.train.labels) == score(data.train.labels) > 0.4  # 0.1 by chance
+    assert score((data.train.labels + 1) % 10) < 0.15
+
+
+def test_the_loop_gets_the_seed_and_only_what_it_may_see_and_the_first_epoch_draws_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, locks, graphs = [], [], []
+    monkeypatch.setattr(training, "fit", lambda task, _, run: (calls.append((task, run)), task.save_best({})))
+    monkeypatch.setattr(training, "run_lock", lambda *given: (locks.append(given), nullcontext())[1])
+    train(tmp_path, 2, seed=7, resume=True, overwrite=True)
+    split, info = make_split(600, (3, 32, 32), 3), make_info((3, 32, 32), 3)
+    training.accuracy_after_training_on(split, split.first(6), info, ClassifierTraining(), 8)
+    (saved, run), (watched, other) = calls
+    assert locks == [(tmp_path, "classifier", True, True)]
+    assert (run.seed, run.resume, run.folder, other.seed) == (7, True, tmp_path / "classifier", 8)
+    assert run.settings.items() >= {"num_epochs": 2, "seed": 7, "width": 4, "data": digest(mnist().train)}.items()
+    assert (watched.model.config, other.folder.exists()) == (ClassifierConfig(), False)  # only the accuracy is kept
+    for found, expected in ((saved.data, mnist().train), (watched.data, split), (watched.validation, split.first(500))):
+        assert all(map(torch.equal, found, expected))
+    log: Any = SimpleNamespace(graph=lambda model, inputs: graphs.append((model.training, inputs[0].clone())))
+    saved.model.train()
+    for epoch in (1, 2):
+        saved.show(log, epoch, 0)
+    ((mode, x),) = graphs
+    assert (mode, saved.model.training) == (False, True)
+    assert torch.equal(x, to_model_range(mnist().validation.images[:1]))
+
+
+def test_missing_data_is_not_fetched_unasked_and_what_cannot_be_trained_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MissingFileError, match="`download"):
+        train(tmp_path, 1, data_folder=tmp_path / "none")
+    with pytest.raises(InputError, match="expected `device`"):
+        train(tmp_path, 1, device="abacus")
+    for num_classes in (0, 1):
+        info = make_info(num_classes=num_classes)
+        with pytest.raises(InputError, match=f"at least 2 classes to train a classifier on, found {num_classes} in"):
+            training.accuracy_after_training_on(*[make_split(4)] * 2, info, ClassifierTraining(), 0)
+    monkeypatch.setattr("vqvae.distributed.world_size", lambda: 2)
+    monkeypatch.setattr(training, "load_mnist", lambda *_: pytest.fail("read the data"))
+    for refused in (lambda: train(tmp_path, 1), lambda: training.require_trainable(make_info())):
+        with pytest.raises(InputError, match="expected one process for a classifier, found 2"):
+            refused()

@@ -1,0 +1,98 @@
+"""The comparison of the sampling modes: its figures against brute force, its files, and what it leaves alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prior.evaluation.comparison import as_text, compare_modes, save_comparison
+from prior.likelihood import nats_per_map
+from prior.pair import draw_maps
+from prior.sampling import GUIDANCE, draw_labels
+from tests.helpers import make_dataset, make_split, save_pair
+from vqvae.codec import decode_images
+from vqvae.compute import derive_seed
+from vqvae.data.dataset import Dataset, Split
+from vqvae.errors import InputError
+
+SHAPES = {10: (1, 28, 28), 3: (3, 32, 32), 26: (1, 20, 36), 0: (3, 24, 16)}
+NAMES = ["real", "reconstructed", "gaussian_latent", "gaussian_image", "pixelcnn", "pixelcnn_unlabelled"]
+
+
+def make_data(num_classes: int = 10, num_test: int = 60) -> Dataset:
+    images, labels = make_split(num_test, SHAPES[num_classes], num_classes, seed=1)
+    return replace(make_dataset(30, SHAPES[num_classes], num_classes), load_test=lambda: Split(images, labels.flip(0)))
+
+
+def seeded(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(4, name))
+
+
+@pytest.mark.parametrize("num_classes", SHAPES)
+def test_every_mode_has_its_own_images_and_its_figures_equal_brute_force(num_classes: int, tmp_path: Path) -> None:
+    pair, data = save_pair(tmp_path, SHAPES[num_classes], num_classes), make_data(num_classes)
+    columns, frequencies = max(num_classes, 1), pair.info.class_frequencies
+    num = 2 * columns
+    modes = {mode.name: mode for mode in compare_modes(pair, data, num_samples=num, seed=4)}
+    assert list(modes) == NAMES[: 6 if num_classes else 5]
+    test, reference = data.load_test(), data.validation.images.double().flatten(1).numpy() / 255
+    rows = [[n for n in range(60) if test.labels[n] == label][turn] for turn in range(2) for label in range(columns)]
+    assert torch.allclose(modes["real"].images, test.images[rows] / 255, atol=1e-6)
+    assert torch.equal(modes["real"].indices, modes["reconstructed"].indices)
+    none, asked = torch.full((num,), -1), torch.arange(num) % columns
+    expected = dict.fromkeys(NAMES, none)
+    if num_classes:
+        drawn = draw_labels(frequencies, num, seeded("labels"))
+        expected = dict(zip(NAMES, (asked, asked, none, none, asked, drawn), strict=True))
+        for name in NAMES[4:]:
+            maps = draw_maps(pair.prior, num, seeded(name), labels=expected[name], guidance=GUIDANCE)
+            assert torch.equal(modes[name].indices, maps)
+    for name, mode in modes.items():
+        assert torch.equal(mode.labels, expected[name])
+        assert name == "real" or torch.equal(mode.images, decode_images(pair.vqvae, mode.indices))
+        labels = enumerate(frequencies.tolist() or [1.0])
+        p = sum(p * nats_per_map(pair.prior, mode.indices, none * 0 + label).neg().exp() for label, p in labels)
+        assert mode.nats_per_code == pytest.approx(-p.log().mean().item() / mode.indices[0].numel(), abs=1e-6)
+        assert mode.codes_used == len(set(mode.indices.flatten().tolist()))
+        images = mode.images.double().flatten(1).numpy()
+        distances = np.sqrt(np.square(images[:, None] - reference).mean(axis=2)).min(axis=1)
+        assert mode.distance == pytest.approx(distances.mean(), abs=1e-4)
+
+
+def test_the_seed_decides_what_is_drawn_and_the_table_and_the_files_have_every_mode(tmp_path: Path) -> None:
+    pair, state = save_pair(tmp_path), torch.get_rng_state()
+    first = compare_modes(pair, make_data(), num_samples=20)
+    pair.prior.train()
+    pair.vqvae.encoder.train()
+    again, other = (compare_modes(pair, make_data(), num_samples=20, seed=seed) for seed in (0, 1))
+    assert (pair.prior.training, pair.vqvae.encoder.training, pair.vqvae.training) == (True, True, False)
+    assert torch.equal(torch.get_rng_state(), state)
+    same = [[torch.equal(a.indices, b.indices) for a, b in zip(first, modes, strict=True)] for modes in (again, other)]
+    assert same == [[True] * 6, [True] * 2 + [False] * 4]
+    head, *rows, remark = as_text(first).splitlines()
+    assert (head.split(), "not told their labels" in remark) == (["codes", "used", "nats/code", "distance"], True)
+    for mode, row in zip(first, rows, strict=True):
+        assert row.split() == f"{mode.title} {mode.codes_used} {mode.nats_per_code:.2f} {mode.distance:.3f}".split()
+    save_comparison(first, tmp_path / "c.npz")
+    save_comparison(first, tmp_path / "c.png")
+    arrays = np.load(tmp_path / "c.npz")
+    assert arrays["modes"].tolist() == [name for name in NAMES for _ in range(20)]
+    for name in ("images", "indices", "labels"):
+        assert np.array_equal(arrays[name], torch.cat([getattr(mode, name) for mode in first]).numpy())
+    with Image.open(tmp_path / "c.png") as sheet:
+        assert sheet.size == (2 * 302 + 24, 6 * (2 * 62 + 30) + 12)
+
+
+def test_samples_that_make_no_whole_rows_and_other_data_are_refused(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path)
+    for num, data, message in (
+        (15, make_data(), "`num_samples` to be a multiple of 10, .* found 15; try `num_samples=30`"),
+        (0, make_data(), "`num_samples` to be a multiple of 10"),
+        (70, make_data(num_test=65), "`num_samples` of at most 60, .* found 70; try `num_samples=60`"),
+        (30, make_data(3), "like those of made"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare_modes(pair, data, num_samples=num)

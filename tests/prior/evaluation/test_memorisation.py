@@ -1,0 +1,53 @@
+"""Distances to training images and copied maps, recomputed pair by pair; a copyist is caught, and no one else is."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from prior.evaluation.memorisation import measure_memorisation
+from prior.evaluation.sets import ImageSet
+from tests.helpers import make_prior, make_split, random_maps
+
+TRAIN, REAL, SAMPLES = (make_split(num, (3, 4, 5), seed=seed).images for seed, num in enumerate((90, 60, 70)))
+SMOOTH = REAL // 2 + 64  # closer to everything, as reconstructions are
+MAPS = random_maps(90, make_prior((2, 3)))
+
+
+def measure(samples: Tensor, indices: Tensor = MAPS) -> tuple[dict[str, Any], Tensor]:
+    return measure_memorisation(REAL, SMOOTH, ImageSet("s", "s", samples, indices), TRAIN, MAPS, MAPS[:7])
+
+
+def test_distances_p_values_and_the_closest_pairs_are_those_of_all_pairs() -> None:
+    found, pairs = measure(SAMPLES)
+    train = TRAIN.double().flatten(1).numpy() / 255
+    distances = {  # root mean squares over the values in 0..1
+        name: np.sqrt(np.square(images.double().flatten(1).numpy()[:, None] / 255 - train).mean(axis=2))
+        for name, images in {"real": REAL, "reconstructions": SMOOTH, "samples": SAMPLES}.items()
+    }
+    least = {name: values.min(axis=1) for name, values in distances.items()}
+    assert found["distance"] == pytest.approx({name: values.mean() for name, values in least.items()}, abs=1e-5)
+    for figure, closer, other in (
+        ("p_closer_than_real", "samples", "real"),
+        ("p_closer_than_reconstructions", "samples", "reconstructions"),
+        ("p_reconstructions_closer_than_real", "reconstructions", "real"),
+    ):
+        p = mannwhitneyu(least[closer], least[other], alternative="less").pvalue
+        assert found[figure] == pytest.approx(p, rel=0.02, abs=1e-12)
+    order = least["samples"].argsort()[:50]  # the closest first
+    assert torch.equal(
+        pairs, torch.stack([SAMPLES[order], TRAIN[distances["samples"].argmin(1)[order]]], 1).flatten(0, 1)
+    )
+
+
+def test_copied_images_and_maps_are_found_out_and_held_out_images_are_not_accused() -> None:
+    maps = torch.cat([MAPS[[3, 3, 39]], (MAPS[:9] + 1) % 16, MAPS[:9].flip(2)])
+    repeated = sum(code_map in MAPS.tolist() for code_map in maps.tolist())
+    copied, honest = (measure(samples, maps)[0] for samples in (TRAIN, REAL))
+    assert 3 <= repeated == copied["copied_maps"] < 9
+    assert copied["copied_maps_real"] == 7
+    assert max(copied["p_closer_than_real"], copied["p_closer_than_reconstructions"]) < 1e-6
+    assert honest["p_closer_than_real"] == pytest.approx(0.5, abs=0.01)

@@ -1,0 +1,132 @@
+"""Figures of two sets of features, each held against its definition written out the slow way."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prior.evaluation import metrics
+from prior.evaluation.metrics import frechet_distance, frechet_distance_at_infinity, kid, mann_whitney_p, nearest, prdc
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def features(num: int, size: int, seed: int) -> Tensor:
+    """Gaussian features whose mean and covariance are of no simple form."""
+    draws = torch.randn(num + size + 1, size, generator=seeded(seed))
+    return draws[:num] @ draws[num:-1] + draws[-1]
+
+
+@pytest.mark.parametrize(("num_real", "num_fake", "size"), [(200, 200, 5), (300, 120, 12), (9, 11, 20)])
+def test_the_frechet_distance_is_that_of_gaussians(num_real: int, num_fake: int, size: int) -> None:
+    real, fake = features(num_real, size, 1), features(num_fake, size, 2)  # at last fewer than there are features
+    a, b = (np.cov(some.double().numpy(), rowvar=False) for some in (real, fake))
+    apart = (real.double().mean(0) - fake.double().mean(0)).square().sum().item()
+    expected = apart + np.trace(a + b) - 2 * np.sqrt(np.linalg.eigvals(a @ b).real.clip(min=0)).sum()
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(fake, real) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(real, real.flip(0)) == pytest.approx(0, abs=1e-4)
+    narrow, wide = torch.tensor([[-1.0, 0], [1, 0]]), torch.tensor([[1.0, 4], [9, 4]])
+    assert frechet_distance(narrow, wide) == pytest.approx(5**2 + 4**2 + (32**0.5 - 2**0.5) ** 2)
+
+
+def test_the_extrapolation_ends_where_a_line_over_one_over_n_meets_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def known(real: Tensor, fake: Tensor) -> float:
+        sizes.append((len(real.unique()), len(fake.unique())))
+        return 2.5 + 30 / len(real)
+
+    monkeypatch.setattr(metrics, "frechet_distance", known)
+    found = frechet_distance_at_infinity(torch.arange(200.0)[:, None], torch.arange(160.0)[:, None], seeded())
+    assert found == pytest.approx(2.5, abs=1e-9)
+    assert sizes == [(size, size) for size in (40, 57, 74, 91, 108, 125, 142, 160)]  # a quarter to all of the smaller
+
+
+def squared_mmd_by_hand(real: Tensor, fake: Tensor) -> float:
+    """The unbiased estimate, pair by pair."""
+
+    def kernel(a: list[float], b: list[float]) -> float:
+        return (sum(x * y for x, y in zip(a, b, strict=True)) / len(a) + 1) ** 3
+
+    x, y, n = real.double().tolist(), fake.double().tolist(), len(real)
+    within = [kernel(s[i], s[j]) for s in (x, y) for i in range(n) for j in range(n) if i != j]
+    return sum(within) / (n * (n - 1)) - 2 * sum(kernel(a, b) for a in x for b in y) / n**2
+
+
+@pytest.mark.parametrize(("num_real", "num_fake"), [(30, 20), (5, 4), (4, 5), (5, 5), (4, 3), (4, 4), (2, 2)])
+def test_kid_is_the_mean_over_subsets_and_has_a_spread_only_where_they_differ(
+    num_real: int, num_fake: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets, found, whole = (features(num_real, 3, 1), features(num_fake, 3, 2)), [], metrics._squared_mmd
+
+    def recorded(*subsets: Tensor) -> float:
+        for subset, full in zip(subsets, sets, strict=True):
+            rows = [(full == row).all(dim=1).nonzero().item() for row in subset]
+            assert len(rows) == len(set(rows)) == min(4, num_real, num_fake)  # no row is drawn twice
+        found.append(squared_mmd_by_hand(*subsets))
+        return whole(*subsets)
+
+    assert metrics.KID_SUBSET_SIZE == 1000
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 4)
+    monkeypatch.setattr(metrics, "_squared_mmd", recorded)
+    mean, spread = kid(*sets, seeded())
+    assert (len(found), mean) == (50, pytest.approx(np.mean(found), rel=1e-9))
+    differ = num_real != num_fake or num_real > 4  # else each subset is the whole set, and 0 would say too much
+    assert spread == (pytest.approx(np.std(found, ddof=1), rel=1e-9) if differ else None)
+    assert spread is None or spread > 1e-6
+
+
+def prdc_by_hand(real: Tensor, fake: Tensor, k: int) -> list[float]:
+    """The four definitions of arXiv:2002.09797, one pair at a time."""
+    reals, fakes = real.double().tolist(), fake.double().tolist()
+
+    def radii(points: list[list[float]]) -> list[float]:
+        return [sorted(math.dist(p, q) for m, q in enumerate(points) if m != n)[k - 1] for n, p in enumerate(points)]
+
+    held = [[math.dist(r, f) < radius for f in fakes] for r, radius in zip(reals, radii(reals), strict=True)]
+    precise = [any(column) for column in zip(*held, strict=True)]
+    recalled = [any(math.dist(r, f) < radius for f, radius in zip(fakes, radii(fakes), strict=True)) for r in reals]
+    density = sum(map(sum, held)) / (k * len(fakes))
+    return [sum(precise) / len(fakes), sum(recalled) / len(reals), density, sum(map(any, held)) / len(reals)]
+
+
+GRID = torch.randint(4, (44, 2), generator=seeded()).float()  # many points are equal, and many lie on a ball's edge
+SETS = [(features(n, 3, 1), features(m, 3, 2) * 0.7 + 1) for n, m in ((40, 40), (33, 12), (11, 50))]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize(("real", "fake"), [*SETS, (GRID[:22], GRID[22:])], ids=["even", "few", "many", "ties"])
+def test_the_four_shares_are_as_counted_pair_by_pair(
+    k: int, real: Tensor, fake: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prdc_by_hand(real, fake, k)
+    assert len({round(figure, 6) for figure in expected}) > 1
+    for rows in (1, 7, 11, 1000):
+        monkeypatch.setattr(metrics, "ROWS_AT_ONCE", rows)
+        assert prdc(real, fake, k) == pytest.approx(expected, abs=1e-6)
+    assert prdc(real, fake) == prdc(real, fake, 5)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 1000])
+def test_the_nearest_is_found_among_all(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS_AT_ONCE", rows)
+    reference = features(45, 7, 2)
+    vectors = torch.cat([features(31, 7, 1), reference[[41, 3, 3]]])
+    distances, which = nearest(vectors, reference)
+    everything = np.linalg.norm(vectors.double().numpy()[:, None] - reference.double().numpy(), axis=2)
+    assert which.tolist() == everything.argmin(axis=1).tolist()
+    np.testing.assert_allclose(distances, everything.min(axis=1), rtol=1e-4, atol=0.01)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_p_value_is_the_share_of_all_ways_to_split_the_ranks_that_have_so_low_a_sum(seed: int) -> None:
+    ranks = torch.randperm(9, generator=seeded(seed)).float()
+    sums = [sum(some) for some in combinations(range(9), 4)]
+    expected = sum(total <= ranks[:4].sum() for total in sums) / len(sums)
+    assert mann_whitney_p(ranks[:4] ** 2, ranks[4:] ** 2) == pytest.approx(expected)

@@ -1,0 +1,95 @@
+"""The report: which files, what stands in them, and that the page needs no other."""
+
+import base64
+import html
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from prior.evaluation import report
+from prior.evaluation.measure import Evaluation
+from prior.evaluation.sets import ImageSet
+from prior.evaluation.tables import as_markdown, as_text, describe_origin, notes, tabulate
+from tests.helpers import make_split
+from tests.prior.evaluation.test_tables import AWKWARD, make_figures
+from vqvae.errors import InputError
+from vqvae.pictures import grid_png
+
+TEXTS = ["metrics.json", "table.txt", "table.md"]
+PICTURES = ["real", "unigram", "closest", "nats-by-position", "code-usage"]
+ABOUT, NOTES, TABLES = describe_origin(make_figures()), notes(make_figures()), tabulate(make_figures())
+
+
+def make_evaluation() -> Evaluation:
+    """Twelve images a set."""
+    rows = make_figures()["rows"]
+    sets = [ImageSet(row["name"], row["title"], make_split(12, seed=n).images) for n, row in enumerate(rows)]
+    nats = 1 + torch.arange(49.0).view(7, 7) / 10
+    return Evaluation(make_figures(), sets, sets[1], make_split(20, seed=9).images, nats, nats + 0.5, torch.arange(4))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    report.write_report(make_evaluation(), tmp_path / "new" / "folder")
+    return tmp_path / "new" / "folder"
+
+
+def test_the_text_files_and_the_terminal_have_every_figure_and_what_it_was_made_with(folder: Path) -> None:
+    written = {path.name for path in folder.iterdir()}
+    assert written == {*TEXTS, "report.html", *(f"{name}.png" for name in PICTURES)}
+    assert json.loads((folder / TEXTS[0]).read_text()) == make_figures()
+    text, markdown = ((folder / name).read_text(encoding="utf-8") for name in TEXTS[1:])
+    terminal = report.tables_as_text(make_evaluation())
+    assert terminal.endswith("\n\n" + "\n".join(NOTES))
+    assert all(f"{line}\n" in text and f"{line}\n" in markdown for line in [*ABOUT, *NOTES])
+    for title, rows in TABLES:
+        assert f"\n{title}\n{as_text(rows)}\n" in text
+        assert f"\n{title} (classifier ab12cd34ef56)\n{as_text(rows)}\n" in terminal
+        assert f"\n**{title}**\n\n{as_markdown(rows)}\n" in markdown
+
+
+def test_the_page_is_one_file_that_has_every_table_and_picture_and_shows_markup_as_text(folder: Path) -> None:
+    def inside(tag: str, text: str | None = None) -> list[str]:
+        return [html.unescape(found) for found in re.findall(f"<{tag}>(.*?)</{tag}>", text or source)]
+
+    source, pictures = (folder / "report.html").read_text(encoding="utf-8"), report.draw_pictures(make_evaluation())
+    assert [inside("t[hd]", row) for row in re.findall("<tr>.*?</tr>", source)] == [row for _, t in TABLES for row in t]
+    assert inside("h2") == [*(title for title, _ in TABLES), "Pictures"]
+    assert inside("p") == ["; ".join(ABOUT), *NOTES]
+    captions = [picture.caption for picture in pictures.values()]
+    assert f"{AWKWARD}: the first 12" in captions
+    shown = re.findall('<img alt="([^"<>]*)" src="data:image/png;base64,([^"]*)">', source)
+    assert inside("figcaption") == [html.unescape(text) for text, _ in shown] == captions
+    assert [base64.b64decode(data) for _, data in shown] == [(folder / f"{name}.png").read_bytes() for name in PICTURES]
+    for refused in ("<b>", "<script", "<link", "<iframe", "href", "@import", "url(", "http", '"quoted"'):
+        assert refused not in re.sub('base64,[^"]*', "", source)
+
+
+def test_the_pictures_show_the_first_images_of_each_set_and_the_closest_pairs_and_maps_of_any_shape() -> None:
+    many, nats = ImageSet("many", "many", make_split(130, (3, 8, 16)).images), torch.rand(4, 30)
+    drawn = report.draw_pictures(make_evaluation()._replace(sets=[many], nats=nats, unigram_nats=nats))
+    assert drawn["many"] == ("many: the first 100", grid_png(many.images[:100] / 255))
+    assert drawn["closest"].png == grid_png(make_evaluation().closest / 255)
+    assert [Image.open(io.BytesIO(drawn[name].png)).size for name in PICTURES[3:]] == [(800, 350)] * 2
+
+
+def test_every_file_is_written_whole_and_the_numbers_are_kept_where_a_picture_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(report, "write_atomically", lambda path, content: written.append(path.name))
+    report.write_report(make_evaluation(), tmp_path)
+    assert list(tmp_path.iterdir()) == []  # nothing gets there another way
+    assert written == [*TEXTS, *(f"{name}.png" for name in PICTURES), "report.html"]
+    monkeypatch.setattr(report, "draw_pictures", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write_report(make_evaluation(), tmp_path)
+    assert written[len(PICTURES) + 4 :] == TEXTS
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match=r"expected to write .*file"):
+        report.evaluate_and_report(None, None, None, tmp_path / "file")  # is told before anything is measured

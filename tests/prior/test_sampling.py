@@ -1,0 +1,271 @@
+"""Ancestral sampling from a table of logits, held against a loop in NumPy that draws one code after another."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import prior.sampling
+from prior.sampling import (
+    GUIDANCE,
+    LogitsAt,
+    adjust,
+    draw_labels,
+    guided,
+    invert_cumulative,
+    parse_labels,
+    sample_codes,
+)
+from vqvae.errors import InputError
+
+NUM_CODES, NO_LABEL = 6, 4
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_table(map_shape: tuple[int, int]) -> Callable[[Tensor], LogitsAt]:
+    """Logits that sum a table's entries: one for the label, and one for each code before the position."""
+    num, random = math.prod(map_shape), seeded(0)
+    starts = 2 * torch.randn(NO_LABEL + 1, num, NUM_CODES, generator=random, dtype=torch.float64)
+    links = torch.randn(num, NUM_CODES, num, NUM_CODES, generator=random, dtype=torch.float64)
+
+    def logits_for(labels: Tensor) -> LogitsAt:
+        def logits_at(indices: Tensor, i: int, j: int) -> Tensor:
+            place = i * map_shape[1] + j
+            logits = starts[labels, place]
+            for earlier, codes in enumerate(indices.flatten(1).T[:place]):
+                logits = logits + links[earlier, codes, place]
+            return logits
+
+        return logits_at
+
+    return logits_for
+
+
+def sample(num: int, map_shape: tuple[int, int] = (3, 4), *, seed: int = 5, **options: Any) -> Tensor:
+    """`sample_codes` from the table, by default with every label, and none, in turn."""
+    uniforms = torch.rand(num, *map_shape, generator=seeded(seed), dtype=torch.float64)
+    labels = options.pop("labels", torch.arange(num) % (NO_LABEL + 1))
+    return sample_codes(make_table(map_shape), uniforms, labels, no_label=NO_LABEL, **options)
+
+
+def sample_by_hand(map_shape: tuple[int, int], options: dict[str, Any]) -> np.ndarray:
+    """`sample` of ten maps, one map at a time, one code at a time, over maps that start as garbage."""
+    uniforms = torch.rand(10, *map_shape, generator=seeded(5), dtype=torch.float64).numpy()
+    maps = np.random.default_rng(99).integers(NUM_CODES, size=uniforms.shape)
+    for n, i, j in np.ndindex(maps.shape):
+        both = make_table(map_shape)(torch.tensor([n % (NO_LABEL + 1), NO_LABEL]))
+        with_label, without = both(torch.from_numpy(maps[[n, n]]), i, j).numpy()
+        logits = without + options.get("guidance", 1) * (with_label - without)
+        weights = np.exp((logits - logits.max()) / options.get("temperature", 1))
+        likeliest = sorted(range(NUM_CODES), key=lambda code: -weights[code])[: options.get("top_k")]
+        kept, mass = [], 0.0
+        for code in likeliest:
+            if mass >= options.get("top_p", 1):
+                break
+            kept.append(code)
+            mass += weights[code] / weights[likeliest].sum()
+        below = 0.0
+        for code in sorted(kept):
+            below += weights[code] / weights[kept].sum()
+            if uniforms[n, i, j] < below:
+                break
+        known = options["known_codes"][n, i, j] if "known_codes" in options else -1
+        maps[n, i, j] = known if known >= 0 else code
+    return maps
+
+
+KNOWN = torch.randint(-NUM_CODES, NUM_CODES, (10, 3, 4), generator=seeded(23)).clamp(min=-1)
+ALL = {"guidance": 2.0, "temperature": 1.5, "top_k": 4, "top_p": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("map_shape", "options"),
+    [
+        ((3, 4), {}),
+        ((3, 4), {"temperature": 0.4}),
+        ((3, 4), {"top_k": 2}),
+        ((3, 4), {"top_p": 0.6}),
+        ((3, 4), {"guidance": 0.0}),
+        ((3, 4), {"guidance": 0.5}),
+        ((3, 4), {"guidance": 100.0}),
+        ((3, 4), {"known_codes": KNOWN}),
+        ((3, 4), {"known_codes": KNOWN, **ALL}),
+        ((1, 7), ALL),
+    ],
+    ids=lambda value: "-".join(map(str, value)),
+)
+def test_the_codes_are_those_of_the_loop_by_hand(map_shape: tuple[int, int], options: dict[str, Any]) -> None:
+    drawn = sample(10, map_shape, **options)
+    assert drawn.dtype == torch.int64
+    assert np.array_equal(drawn.numpy(), sample_by_hand(map_shape, options))
+    assert torch.equal(drawn, sample(10, map_shape)) == (options == {})  # every option matters
+
+
+def test_the_batch_size_changes_nothing_and_fewer_maps_are_the_first_of_more() -> None:
+    expected = sample(10, known_codes=KNOWN, **ALL)
+    assert not torch.equal(sample(10, seed=6, known_codes=KNOWN, **ALL), expected)
+    for batch_size in (1, 3, 10, 100):
+        done: list[int] = []
+        again = sample(10, known_codes=KNOWN, batch_size=batch_size, progress=done.append, **ALL)
+        assert torch.equal(again, expected)
+        assert sum(done) == 10
+    for num in (1, 2, 9):
+        assert torch.equal(sample(num, known_codes=KNOWN[:num], batch_size=4, **ALL), expected[:num])
+
+
+def test_several_processes_draw_the_maps_of_one_each_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts, done = sample(10), [], []
+    monkeypatch.setattr(prior.sampling, "world_size", lambda: 3)
+    monkeypatch.setattr(prior.sampling, "all_reduce_sum", lambda maps: maps)
+    for number in range(3):
+        monkeypatch.setattr(prior.sampling, "rank", lambda number=number: number)
+        parts.append(sample(10, batch_size=2, progress=done.append))
+    assert torch.equal(sum(parts), whole)
+    assert done == [2] * 5
+
+
+def test_a_guidance_of_1_is_the_prior_itself_at_no_further_cost_and_one_of_0_the_prior_without_labels() -> None:
+    assert GUIDANCE == 1.25  # the default was chosen on validation
+    logits_for, labels = Mock(), torch.arange(5)
+    assert guided(logits_for, labels, NO_LABEL, 1.0) is logits_for.return_value
+    logits_for.assert_called_once_with(labels)
+    assert torch.equal(sample(10, guidance=0.0), sample(10, labels=torch.full((10,), NO_LABEL)))
+
+
+def test_known_codes_are_kept_whatever_their_shape() -> None:
+    codes, place = torch.randint(NUM_CODES, (10, 3, 4), generator=seeded(25)), torch.arange(12).view(3, 4)
+    for pattern in (place < 7, place % 4 >= 2, place % 5 == 0, place < 0, place >= 0):
+        drawn = sample(10, known_codes=codes.where(pattern, -1))
+        assert torch.equal(drawn[:, pattern], codes[:, pattern])
+        assert torch.equal(drawn, sample(10)) == (not pattern.any())
+
+
+def test_what_is_drawn_depends_on_the_known_codes_before_it_and_on_none_after() -> None:
+    for place in range(12):
+        zero, five = torch.full((2, 60, 12), -1)
+        zero[:, place], five[:, place] = 0, 5
+        one, other = (sample(60, known_codes=known.view(60, 3, 4)).flatten(1) for known in (zero, five))
+        assert torch.equal(one[:, :place], other[:, :place])
+        assert (one[:, place + 1 :] != other[:, place + 1 :]).any() == (place < 11)
+
+
+def chi_square(values: Tensor, p: Tensor) -> float:
+    expected = p * len(values)
+    return ((torch.bincount(values, minlength=len(p)) - expected).square() / expected).sum().item()
+
+
+def test_frequencies_of_the_first_code_and_of_the_first_two_follow_the_softmax() -> None:
+    num, table = 6000, make_table((1, 2))
+    drawn = sample(num, (1, 2), labels=torch.full((num,), 2), batch_size=num, temperature=2.0).squeeze(1)
+    maps = torch.cartesian_prod(torch.arange(NUM_CODES), torch.arange(NUM_CODES))[:, None]
+    logits_at = table(torch.full((len(maps),), 2))
+    first, second = ((logits_at(maps, 0, j) / 2).softmax(dim=1) for j in range(2))
+    pair = (first[0][:, None] * second[::NUM_CODES]).flatten()
+    assert chi_square(drawn[:, 0], first[0]) < 20.5  # 5 degrees of freedom, once in a thousand
+    assert chi_square(drawn[:, 0] * NUM_CODES + drawn[:, 1], pair) < 66.6  # 35 degrees of freedom
+    assert chi_square(drawn[:, 0], first[0].flip(0)) > 100
+
+
+def test_the_coldest_sampling_takes_the_likeliest_code_everywhere() -> None:
+    greedy, logits_at = torch.zeros(5, 3, 4, dtype=torch.int64), make_table((3, 4))(torch.arange(5))
+    for i, j in np.ndindex(3, 4):
+        greedy[:, i, j] = logits_at(greedy, i, j).argmax(dim=1)
+    for options in ({"top_k": 1}, {"temperature": 1e-6}, {"temperature": 5e-324}, {"top_p": 5e-324}):
+        assert torch.equal(sample(5, **options), greedy)
+
+
+def test_a_top_p_of_1_and_a_top_k_of_all_codes_are_plain_sampling() -> None:
+    plain = sample(20)
+    for options in ({"top_p": 1.0}, {"top_k": 6}, {"top_k": 100}, {"temperature": 1.0, "top_k": 6, "top_p": 1.0}):
+        assert torch.equal(sample(20, **options), plain)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (2, 1.0, [[0, 4 / 7, 0, 3 / 7], [0.5, 0.5, 0, 0]]),  # ties go to the lower codes
+        (None, 0.69, [[0, 4 / 7, 0, 3 / 7], [1 / 3, 1 / 3, 1 / 3, 0]]),
+        (None, 0.71, [[0, 4 / 9, 2 / 9, 3 / 9], [1 / 3, 1 / 3, 1 / 3, 0]]),
+        (3, 0.5, [[0, 4 / 7, 0, 3 / 7], [0.5, 0.5, 0, 0]]),  # 0.4 of 0.9 doesn't reach a half
+        (2, 0.45, [[0, 1, 0, 0], [1, 0, 0, 0]]),  # but 0.4 of 0.7 does
+    ],
+)
+def test_top_k_and_then_top_p_keep_the_codes_that_they_name(top_k: int | None, top_p: float, expected: Any) -> None:
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]).log()
+    found = adjust(logits, 1.0, top_k, top_p)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 3])
+def test_top_p_stops_where_the_mass_is_reached_exactly(num_kept: int) -> None:
+    found = adjust(torch.zeros(1, 4), 1.0, None, num_kept / 4)  # quarters add up exactly
+    assert found.tolist() == [[1 / num_kept] * num_kept + [0.0] * (4 - num_kept)]
+
+
+def test_drawing_inverts_the_cumulative_distribution_and_never_takes_an_impossible_code() -> None:
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
+    just_below_1 = 1 - 2**-53
+    for uniform, code in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.9, 3), (just_below_1, 3)):
+        assert invert_cumulative(p, torch.tensor([uniform], dtype=torch.float64)).tolist() == [code]
+    sevenths = torch.full((1, 7), 1 / 7, dtype=torch.float64) * (1 - 1e-15)  # their sum isn't 1 to the last bit
+    assert invert_cumulative(sevenths, torch.tensor([just_below_1], dtype=torch.float64)).tolist() == [6]
+
+
+LIKELIEST = "use `top_k=1` for the most likely codes"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, f"expected `temperature` over 0, found 0; {LIKELIEST}"),
+        ({"temperature": math.nan}, f"expected `temperature` over 0, found nan; {LIKELIEST}"),
+        ({"temperature": math.inf}, f"expected `temperature` over 0, found inf; {LIKELIEST}"),
+        ({"top_k": 0}, f"expected `top_k` of at least 1, found 0; {LIKELIEST}"),
+        ({"top_p": 0.0}, "expected `top_p` over 0 and at most 1, found 0.0; use `top_p=1` for all codes"),
+        ({"top_p": 1.01}, "expected `top_p` over 0 and at most 1, found 1.01; use `top_p=1` for all codes"),
+        ({"top_p": math.nan}, "expected `top_p` over 0 and at most 1, found nan; use `top_p=1` for all codes"),
+        ({"guidance": -0.5}, "expected `guidance` between 0 and 100, found -0.5; use `guidance=1` for none"),
+        ({"guidance": 100.5}, "expected `guidance` between 0 and 100, found 100.5; use `guidance=1` for none"),
+        ({"guidance": math.nan}, "expected `guidance` between 0 and 100, found nan; use `guidance=1` for none"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_its_range_is_an_error_that_names_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        sample(2, (2, 2), **options)
+
+
+def test_labels_are_drawn_by_their_frequencies() -> None:
+    frequencies, num = torch.tensor([0.5, 0.2, 0.3, 0.0]), 5000
+    labels = draw_labels(frequencies, num, seeded(1))
+    assert labels.dtype == torch.int64
+    assert chi_square(labels, frequencies[:3]) < 13.8  # 2 degrees of freedom; a label of frequency 0 is never drawn
+    assert torch.equal(labels[:70], draw_labels(frequencies, 70, seeded(1)))
+    assert not torch.equal(labels[:70], draw_labels(frequencies, 70, seeded(2)))
+
+
+def test_without_classes_every_label_is_0_and_as_many_random_numbers_are_taken() -> None:
+    one, other = seeded(1), seeded(1)
+    assert draw_labels(torch.zeros(0), 4, one).tolist() == [0] * 4
+    draw_labels(torch.ones(3) / 3, 4, other)
+    assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_labels_are_parsed_as_numbers_ranges_and_mixtures() -> None:
+    for text, labels in (("7", [7]), ("0-3", [0, 1, 2, 3]), ("1,30,5", [1, 30, 5]), ("2,0-1,5-5", [2, 0, 1, 5])):
+        assert parse_labels(text) == labels
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", ",1", "3-1", "-1", "1-", "1-2-3", "1.5", "1 2", "12345", "٣", "1\n"])
+def test_labels_written_otherwise_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"expected labels such as 7, 0-9 or 1,3,5, found {text!r}; try ")):
+        parse_labels(text)

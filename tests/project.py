@@ -1,0 +1,80 @@
+"""The project's side of the benchmark: the training of both stages."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prior.codes import Codes
+from prior.likelihood import nats_per_code
+from prior.model import GatedPixelCNN, PriorConfig
+from prior.train import PriorTraining, drop_labels
+from vqvae.model import VQVAE, VQVAEConfig
+from vqvae.predictor import CausalPredictor
+from vqvae.train import VQVAETraining, loss_terms
+from vqvae.training.loop import Run, Task, fit
+from vqvae.training.settings import Training
+
+CPU = torch.device("cpu")
+IMAGE_SHAPE = (1, 28, 28)
+NUM_CODES, MAP_SHAPE, NUM_CLASSES = 512, (7, 7), 10
+Side = Callable[[], object]
+
+
+class StageOne(Task):
+    """Stage one's training, without validation and without pictures."""
+
+    unit, best_by = "images", "none"
+
+    def __init__(
+        self,
+        config: VQVAEConfig,
+        training: VQVAETraining,
+        images: Tensor,
+        seed: int = 0,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.training, self.data = training, (images,)
+        self.vqvae = VQVAE(config, IMAGE_SHAPE).to(memory_format=torch.channels_last)
+        self.predictor: CausalPredictor | None = None
+        if training.prediction_weight > 0:
+            self.predictor = CausalPredictor(config.code_dim, self.vqvae.map_shape)
+        self.model = nn.ModuleList([m for m in (self.vqvae, self.predictor) if m is not None])
+
+    def loss(self, *batch: Tensor) -> dict[str, Tensor]:
+        return loss_terms(self.vqvae, batch[0], self.training, self.predictor)[0]
+
+    def evaluate(self) -> dict[str, float]:
+        return {"none": 0.0}
+
+
+class StageTwo(Task):
+    """Stage two's training, without validation and without pictures."""
+
+    unit, best_by = "maps", "none"
+
+    def __init__(self, config: PriorConfig, training: PriorTraining, codes: Codes) -> None:
+        torch.manual_seed(0)
+        self.training, self.data = training, tuple(codes)
+        self.model = GatedPixelCNN(config, NUM_CODES, MAP_SHAPE, NUM_CLASSES)
+
+    def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        return batch[0], drop_labels(batch[1], self.training.label_dropout, NUM_CLASSES)
+
+    def loss(self, *batch: Tensor) -> dict[str, Tensor]:
+        return {"nats_per_code": nats_per_code(self.model, *batch)}
+
+    def evaluate(self) -> dict[str, float]:
+        return {"none": 0.0}
+
+
+def whole_run(task: Task, training: Training, seed: int = 0) -> Side:
+    """A run of training by the project's own loop."""
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            fit(task, training, Run(Path(folder), seed, settings={}))
+
+    return run

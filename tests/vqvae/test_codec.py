@@ -1,0 +1,52 @@
+"""Whole sets of images to code maps and back."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.helpers import make_split, make_vqvae
+from vqvae import codec
+from vqvae.codec import decode_images, encode_images, reconstruct_images, reconstruct_split
+from vqvae.errors import InputError
+from vqvae.model import VQVAE
+
+SPLIT = make_split(16)
+
+
+@pytest.fixture
+def model() -> VQVAE:
+    """A model in training mode whose decoder is in eval mode, as if it were frozen. The images use several codes."""
+    made = make_vqvae()
+    made.quantizer.codebook.copy_(made.encode_continuous(SPLIT.images / 127.5 - 1)[:, :, 3, 3].detach())
+    made.train().decoder.eval()
+    return made
+
+
+@pytest.mark.parametrize("batch", [1, 3, 500])
+def test_images_become_codes_and_come_back(model: VQVAE, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    monkeypatch.setattr(codec, "BATCH", batch)
+    x, modes = SPLIT.images / 127.5 - 1, [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    indices, x_hat = reconstruct_images(model, SPLIT.images)
+    assert torch.equal(encode_images(model, x), indices)  # floating point is in the model's range already
+    assert torch.equal(decode_images(model, indices), x_hat)
+    assert [module.training for module in model.modules()] == modes
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)  # no average moved
+    out = model.eval()(x)
+    assert len(indices.unique()) > 3
+    assert torch.equal(indices, out.indices)
+    assert_close(x_hat, ((out.x_hat + 1) / 2).clamp(0, 1), rtol=0, atol=1e-5)
+    assert not indices.is_inference()  # so that they can take part in training
+    assert not x_hat.is_inference()
+
+
+def test_as_many_images_of_a_split_are_reconstructed_as_it_has(model: VQVAE) -> None:
+    indices, reconstructions = reconstruct_images(model, SPLIT.images[:4])
+    first = {"images": SPLIT.images[:4] / 255, "labels": SPLIT.labels[:4]}
+    found = reconstruct_split(model, SPLIT, 4)
+    assert_close(found, {**first, "indices": indices, "reconstructions": reconstructions}, rtol=0, atol=1e-6)
+    assert len(reconstruct_split(model, SPLIT, 16)["labels"]) == 16
+    for num in (0, 17):
+        message = f"expected `num_images` between 1 and 16, found {num}; try `num_images=16`"
+        with pytest.raises(InputError, match=message):
+            reconstruct_split(model, SPLIT, num)

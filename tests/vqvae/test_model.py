@@ -1,0 +1,140 @@
+"""The VQ-VAE: shapes, images one by one, gradients through the codes, and its checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.helpers import CPU, make_info, make_split, make_vqvae, save_model
+from vqvae.data.pixels import to_model_range
+from vqvae.errors import InputError
+from vqvae.model import VQVAE, ResidualBlock, VQVAEConfig, load_vqvae
+from vqvae.train import VQVAETraining
+from vqvae.training.settings import make_optimizer
+
+gpu = pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+both_ways = pytest.mark.parametrize("learning", ["gradient", "ema"])
+
+
+def make_varied(learning: str = "ema", image_shape: tuple[int, int, int] = (1, 28, 28)) -> tuple[VQVAE, torch.Tensor]:
+    """A model whose codes are latents and whose residual blocks do something, and 16 images in -1..1."""
+    model, x = make_vqvae(image_shape, codebook_learning=learning), to_model_range(make_split(16, image_shape).images)
+    for block in (module for module in model.modules() if isinstance(module, ResidualBlock)):
+        torch.nn.init.normal_(block[-1].weight, std=0.3)
+    model.quantizer.codebook.data.copy_(model.encode_continuous(x)[:, :, 0, 0])
+    return model, x
+
+
+@both_ways
+def test_decoding_the_codes_of_an_image_gives_its_reconstruction_alone_and_in_any_batch(learning: str) -> None:
+    model, x = make_varied(learning)
+    out = model(x)
+    assert len(out.indices.unique()) > 5
+    assert torch.equal(model.encode(x), out.indices)
+    assert_close(model.decode_indices(model.encode(x)), out.x_hat, rtol=0, atol=1e-6)
+    for i in range(len(x)):
+        alone = model(x[i : i + 1])
+        assert torch.equal(alone.indices[0], out.indices[i])
+        assert_close(alone.x_hat[0], out.x_hat[i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("image_shape", [(1, 4, 4), (1, 28, 28), (3, 32, 32), (1, 20, 36)])
+def test_the_shapes_follow_from_the_images(image_shape: tuple[int, int, int]) -> None:
+    model, x = make_varied(image_shape=image_shape)
+    out = model(x)
+    assert model.image_shape == image_shape
+    assert model.map_shape == (image_shape[1] // 4, image_shape[2] // 4) == out.indices.shape[1:]
+    assert (out.x_hat.shape, out.x_hat.dtype, out.indices.dtype) == (x.shape, torch.float32, torch.int64)
+    assert out.z_e.shape == out.z_q.shape == (16, 4, *model.map_shape)
+
+
+@pytest.mark.parametrize("image_shape", [(1, 30, 28), (1, 28, 27), (3, 0, 32)])
+def test_a_side_that_4_does_not_divide_is_refused(image_shape: tuple[int, int, int]) -> None:
+    with pytest.raises(InputError, match=r"height and width divide by 4, found {1}x{2}; resize".format(*image_shape)):
+        VQVAE(VQVAEConfig(), image_shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 27, 27), (2, 1, 32, 32), (2, 3, 28, 28), (2, 28, 28)])
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    for call in (make_vqvae().forward, make_vqvae().encode):
+        with pytest.raises(ValueError, match=r"expected images of shape \(B, 1, 28, 28\), found \(2, "):
+            call(torch.zeros(shape))
+
+
+def test_a_fresh_residual_block_is_the_identity_and_a_trained_one_is_not() -> None:
+    torch.manual_seed(0)
+    block, x = ResidualBlock(8), torch.randn(2, 8, 5, 7)
+    assert torch.equal(block(x), x)
+    torch.nn.init.ones_(block[-1].weight)
+    assert_close(block(x), x + block[1](x.relu()).relu().sum(1, keepdim=True))
+
+
+def test_the_settings_reach_the_network() -> None:
+    assert VQVAEConfig() == VQVAEConfig(40, 512, 40, 2, 2, "gradient", 0.99)  # the baseline recipe
+    assert VQVAETraining() == VQVAETraining(beta=1.0, clipped_loss=False, prediction_weight=0.0)
+    model = VQVAE(VQVAEConfig(6, 10, 8, 3, 2, "ema", 0.7), (3, 8, 8))
+    for part, num_blocks in ((model.encoder, 3), (model.decoder, 2)):
+        shapes = [module[1].weight.shape for module in part if isinstance(module, ResidualBlock)]
+        assert shapes == [(8, 8, 3, 3)] * num_blocks
+    assert model.quantizer.codebook.shape == (10, 6)
+    assert (model.quantizer.learning, model.quantizer.decay) == ("ema", 0.7)
+
+
+LIMITS = [("code_dim", 1, 1024), ("num_codes", 2, 32767), ("width", 4, 2048), ("ema_decay", 0, 0.99999)]
+LIMITS += [("num_encoder_blocks", 0, 64), ("num_decoder_blocks", 0, 64)]
+OF_TRAINING = [("beta", 0.1, 2), ("prediction_weight", 0, 10), ("lr", 1e-8, 1)]
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [*LIMITS, *OF_TRAINING])
+def test_a_setting_out_of_range_is_refused_by_name(name: str, low: float, high: float) -> None:
+    make = VQVAEConfig if (name, low, high) in LIMITS else VQVAETraining
+    assert [getattr(make(**{name: value}), name) for value in (low, high)] == [low, high]
+    for value in (low - 1e-5, high + 1e-5, float("nan")):
+        with pytest.raises(InputError, match=f"expected `{name}` between {low:g} and {high}, found "):
+            make(**{name: value})
+
+
+@both_ways
+def test_the_gradient_at_the_decoders_input_is_the_gradient_at_the_encoders_output(learning: str) -> None:
+    model, x = make_varied(learning)
+    out = model.train()(x)
+    at_z_e, at_z_q = torch.autograd.grad((out.x_hat - x).square().mean(), (out.z_e, out.z_q), retain_graph=True)
+    assert at_z_e.abs().max() > 0
+    assert torch.equal(at_z_e, at_z_q)
+    # The reconstruction trains encoder and decoder and leaves the codebook alone.
+    (out.x_hat - x).square().mean().backward()
+    assert model.quantizer.codebook.grad is None or not model.quantizer.codebook.grad.any()
+    assert all(p.grad is not None and p.grad.any() for p in (*model.decoder.parameters(), *model.encoder.parameters()))
+
+
+@both_ways
+def test_an_averaged_codebook_is_not_optimised_and_a_learned_one_does_not_decay(learning: str) -> None:
+    model = make_vqvae(codebook_learning=learning)
+    groups = make_optimizer(model, VQVAETraining(weight_decay=0.1)).param_groups
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay_of.get(id(model.quantizer.codebook)) == (0 if learning == "gradient" else None)
+    assert len(decay_of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decay_of[id(parameter)] == (0.1 if name.endswith("weight") else 0.0), name  # all are convolutions
+
+
+def test_latents_are_float32_under_autocast() -> None:
+    model, x = make_varied()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encoder(x).dtype == torch.bfloat16
+        assert model.encode_continuous(x).dtype == model(x).commitment_loss.dtype == torch.float32
+
+
+@both_ways
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_model_is_rebuilt_from_its_file_alone(tmp_path: Path, learning: str, device: str) -> None:
+    model, x = make_varied(learning, (3, 20, 36))
+    state, x_hat = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(x).x_hat
+    written = save_model(tmp_path / "vqvae", model.to(device), "vqvae", make_info((3, 20, 36), 0))
+    loaded, header = load_vqvae(tmp_path / "vqvae", CPU)
+    assert (header, loaded.config, loaded.image_shape) == (written, model.config, (3, 20, 36))
+    assert not any(module.training for module in loaded.modules())
+    assert_close(dict(loaded.state_dict()), state, rtol=0, atol=0)  # on the CPU
+    assert torch.equal(loaded(x).x_hat, x_hat)
+    assert load_vqvae(tmp_path / "vqvae", torch.device(device))[0].device.type == device

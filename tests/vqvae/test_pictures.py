@@ -1,0 +1,51 @@
+"""Grids and sheets, read back pixel by pixel."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import make_split
+from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.pictures import grid, grid_png, save_grid, save_sheet
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.mode == "RGB"
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("num", [30, 13, 4])
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 20, 36)])
+def test_a_batch_written_and_read_back_is_the_original(tmp_path: Path, image_shape: tuple[int, ...], num: int) -> None:
+    _, height, width = image_shape
+    images = make_split(num, image_shape).images
+    shown = to_unit_range(to_model_range(images))  # as everything that is shown goes
+    save_grid(shown, tmp_path / "grid.png")
+    assert grid_png(shown) == (tmp_path / "grid.png").read_bytes()
+    # Rows of ten, on grey of which two pixels lie between images and around them.
+    rows, columns = -(-num // 10), min(num, 10)
+    expected = np.full((2 + rows * (height + 2), 2 + columns * (width + 2), 3), 128, np.uint8)
+    for i in range(num):
+        top, left = 2 + i // 10 * (height + 2), 2 + i % 10 * (width + 2)
+        expected[top : top + height, left : left + width] = images[i].permute(1, 2, 0)
+    np.testing.assert_array_equal(read(tmp_path / "grid.png"), expected)
+    assert grid(shown).shape == (3, *expected.shape[:2])
+
+
+def test_a_sheet_has_each_grid_under_its_title(tmp_path: Path) -> None:
+    first, second = make_split(10, (1, 6, 6)).images / 255, make_split(12, (1, 6, 6), seed=1).images / 255
+    save_sheet([("real digits", first), ("samples", second)], tmp_path / "sheet.png", scale=2)
+    picture, top, titles = read(tmp_path / "sheet.png")[..., 0], 0, []
+    for images in (first, second):
+        whole = (grid(images)[0] * 255).round().numpy().astype(np.uint8).repeat(2, 0).repeat(2, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(picture, whole.shape)
+        ((row, _),) = np.argwhere((windows == whole).all(axis=(2, 3)))
+        titles.append(picture[row - 30 : row])  # black text on white, below the grid before
+        assert row - 30 >= top
+        assert (titles[-1] < 60).any()
+        assert (titles[-1] > 200).mean() > 0.5
+        top = row + len(whole)
+    assert not np.array_equal(*titles)

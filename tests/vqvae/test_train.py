@@ -1,0 +1,250 @@
+"""Stage one's training: the loss terms, the evaluation, a run on the fixture, and the public names."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.testing import assert_close
+
+import vqvae
+from tests.helpers import CPU, FIXTURE, ROOT, SHIPPED, make_dataset, mnist
+from vqvae import quantizer, train
+from vqvae.data.dataset import Split, digest
+from vqvae.errors import InputError
+from vqvae.model import VQVAE, VQVAEConfig, VQVAEOutput, load_vqvae
+from vqvae.predictor import CausalPredictor
+from vqvae.storage import checkpoint
+from vqvae.train import VQVAETask, VQVAETraining, evaluate_vqvae, loss_terms, summarise, train_vqvae
+from vqvae.training import loop
+from vqvae.training.loop import Run, fit
+
+CONFIG = VQVAEConfig(4, 8, 8, 1, 1, "ema", ema_decay=0.9)
+SETTINGS = VQVAETraining(batch_size=64, num_epochs=3, lr=5e-3, prediction_weight=0.5)
+STEPS = 7  # of an epoch: 440 digits in batches of 64
+TERMS = ["total", "reconstruction", "codebook", "commitment"]
+DIGITS = mnist().load_test().first(40)
+both_ways = pytest.mark.parametrize("learning", ["gradient", "ema"])
+Patch = pytest.MonkeyPatch
+Finished = tuple[Path, dict[str, float]]
+
+
+def make_model(learning: str = "gradient") -> VQVAE:
+    """A model in eval mode whose codes lie where the latents of digits do, so that digits have different maps."""
+    torch.manual_seed(0)
+    model = VQVAE(replace(CONFIG, codebook_learning=learning), (1, 28, 28)).eval()
+    model.quantizer.codebook.data.copy_(model.encode_continuous(DIGITS.images[:8] / 127.5 - 1)[:, :, 3, 3])
+    if learning == "ema":
+        model.quantizer.initialised.fill_(True)
+    return model
+
+
+@both_ways
+def test_the_terms_are_those_of_the_paper_and_beta_scales_one(learning: str) -> None:
+    model = make_model(learning)
+    terms, x_hat, indices = loss_terms(model, DIGITS.images, VQVAETraining(beta=0.25))
+    x = DIGITS.images.double() / 127.5 - 1
+    z_e, z_q = model.encode_continuous(x.float()), model.quantizer.lookup(indices)
+    distance, raw = (z_e - z_q).square().mean().item(), model.decode_indices(indices)
+    expected = [(x - raw).square().mean().item(), distance, 0.25 * distance]
+    assert list(terms) == TERMS
+    assert [term.item() for term in terms.values()] == pytest.approx([sum(expected), *expected], rel=1e-5)
+    assert_close(x_hat, ((raw + 1) / 2).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+@both_ways
+def test_no_term_grows_with_the_batch(learning: str) -> None:
+    training, doubled = VQVAETraining(clipped_loss=True), Split(*(torch.cat([part, part]) for part in DIGITS))
+    once, twice = (loss_terms(make_model(learning).train(), s.images, training)[0] for s in (DIGITS, doubled))
+    assert_close(dict(twice), dict(once), rtol=1e-5, atol=0)
+    once, twice = (evaluate_vqvae(make_model(learning), split, training) for split in (DIGITS, doubled))
+    assert twice == pytest.approx(once, rel=1e-5)
+
+
+# Only what is darker than black or brighter than white is forgiven.
+@pytest.mark.parametrize(("clipped", "forgiven"), [(True, [0, 2]), (False, [])])
+def test_the_clipped_loss_forgives_what_clipping_undoes_and_nothing_else(clipped: bool, forgiven: list[int]) -> None:
+    images = torch.tensor([0, 0, 255, 255, 128, 0], dtype=torch.uint8)
+    drawn, target = torch.tensor([-1.5, 1.5, 1.25, -3.0, 1.5, -0.75], requires_grad=True), images / 127.5 - 1
+    output = VQVAEOutput(drawn, *[torch.zeros(())] * 5)
+    terms, x_hat, _ = loss_terms(lambda x: output, images, VQVAETraining(clipped_loss=clipped))
+    felt = torch.tensor([i not in forgiven for i in range(6)])
+    assert terms["reconstruction"].item() == pytest.approx(((drawn - target).square() * felt).mean().item(), rel=1e-5)
+    terms["total"].backward()
+    assert torch.equal(drawn.grad != 0, felt)
+    assert x_hat[:4].tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 500])
+def test_figures_of_a_split_do_not_depend_on_the_batch_size(monkeypatch: Patch, batch: int) -> None:
+    monkeypatch.setattr(train, "EVALUATION_BATCH", batch)
+    model = make_model()
+    figures = evaluate_vqvae(model, DIGITS, VQVAETraining())
+    out = model(DIGITS.images / 127.5 - 1)  # and now all of it by hand, over the split at once
+    errors = (
+        (((out.x_hat + 1) / 2).clamp(0, 1) - DIGITS.images / 255).square().mean((1, 2, 3)).detach().double().numpy()
+    )
+    share = np.unique(out.indices, return_counts=True)[1] / out.indices.numel()
+    assert len(share) > 3
+    expected = {"squared_error": errors.mean(), "psnr_db": np.mean(10 * np.log10(1 / errors))}
+    expected |= {"perplexity": np.exp(-(share * np.log(share)).sum()), "codes_used": len(share)}
+    assert {name: figures[name] for name in figures if name not in TERMS} == pytest.approx(expected, rel=1e-5)
+    psnr, perplexity = f"{expected['psnr_db']:.2f}", f"{expected['perplexity']:.0f}"
+    text = f"squared error {errors.mean():.5f}, PSNR {psnr} dB, {len(share)} of 8 codes used, perplexity {perplexity}"
+    assert summarise(figures, 8) == text
+
+
+def test_evaluation_restores_the_mode_of_every_module_and_moves_no_average(monkeypatch: Patch) -> None:
+    networks = nn.ModuleList([make_model("ema").train(), CausalPredictor(4, (7, 7))])
+    networks[0].decoder.eval()  # a mixture, as when a part of a model is frozen
+    networks[1].out.eval()
+    modes, before, seen = [module.training for module in networks.modules()], deepcopy(networks.state_dict()), []
+    networks[1].register_forward_pre_hook(lambda predictor, _: seen.append(predictor.training))
+    assert evaluate_vqvae(networks[0], DIGITS, SETTINGS, networks[1])["prediction"] > 0
+    assert seen == [False]
+    assert [module.training for module in networks.modules()] == modes
+    assert_close(networks.state_dict(), before, rtol=0, atol=0)
+    perfect = {}, DIGITS.images / 255, torch.zeros(40, 7, 7, dtype=torch.int64)
+    monkeypatch.setattr(train, "loss_terms", lambda *_: perfect)
+    assert evaluate_vqvae(networks[0], DIGITS, SETTINGS)["psnr_db"] == pytest.approx(100)  # and not infinite
+
+
+def run(folder: Path, num_epochs: int = 3, **changes: Any) -> dict[str, float]:
+    options = {name: changes.pop(name) for name in ("resume", "overwrite") if name in changes}
+    options |= {"data_folder": FIXTURE, "device": "cpu", "download": False, "seed": 3}
+    return train_vqvae(CONFIG, replace(SETTINGS, num_epochs=num_epochs, **changes), output_folder=folder, **options)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, without the speed, in which two equal runs differ."""
+    lines = (folder / "vqvae" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+
+
+def resume_state(folder: Path) -> dict[str, Any]:
+    return checkpoint.load_resume_state(folder / "vqvae" / "resume.pt")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def eventful() -> Iterator[None]:
+    """Codes die within a few steps, so that restarts take part, and losses are logged often."""
+    with patch.object(quantizer, "RESTART_BELOW", 0.8), patch.object(loop, "LOG_EVERY", 5):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, eventful: None) -> Finished:
+    """The folder of a run of three epochs with all terms, and the figures that it returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder)
+
+
+def test_training_lowers_the_error_and_writes_what_it_was(finished: Finished) -> None:
+    folder, _ = finished
+    assert {path.name[:12] for path in folder.rglob("*.*")} == {
+        *("vqvae.safete", "events.out.t", "metrics.json", "resume.pt", ".lock")
+    }
+    assert [row["step"] for row in rows(folder)] == [5, 7, 10, 14, 15, 20, 21]
+    first, _, last = (row for row in rows(folder) if "epoch" in row)
+    assert last["squared_error/validation"] < 0.9 * first["squared_error/validation"]
+    assert last["prediction/train"] < 0.95 * first["prediction/train"]
+    model, header = load_vqvae(folder / "vqvae.safetensors", CPU)
+    assert (model.config, header.data["class_counts"]) == (CONFIG, list(mnist().info.class_counts))
+    expected = {"prediction_weight": 0.5, "num_codes": 8, "seed": 3, "data": digest(mnist().train)}
+    assert header.recipe.items() >= expected.items()
+    # The checkpoint is without the predictor, which only resuming needs.
+    assert model.state_dict().keys() == VQVAE(CONFIG, (1, 28, 28)).state_dict().keys()
+    assert any(name.startswith("1.above") for name in resume_state(folder)["model"])
+
+
+def test_only_the_best_weights_see_the_test_split_and_only_at_the_end(tmp_path: Path, monkeypatch: Patch) -> None:
+    evaluate, errors, test, loads = VQVAETask.evaluate, iter([0.3, 0.1, 0.2]), mnist().load_test(), []
+    monkeypatch.setattr(VQVAETask, "evaluate", lambda task: {**evaluate(task), "squared_error": next(errors)})
+    dataset = replace(mnist(), load_test=lambda: loads.append(resume_state(tmp_path)["step"]) or test)
+    monkeypatch.setattr(train, "load_mnist", lambda *arguments: loads.append(arguments) or dataset)
+    figures = run(tmp_path)
+    assert loads == [(FIXTURE, False), 3 * STEPS]
+    best, header = load_vqvae(tmp_path / "vqvae.safetensors", CPU)
+    last = make_model("ema")
+    last.load_state_dict({k[2:]: v for k, v in resume_state(tmp_path)["model"].items() if k.startswith("0.")})
+    assert header.metrics["squared_error"] == 0.1
+    assert header.metrics["psnr_db"] == pytest.approx(evaluate_vqvae(best, mnist().validation, SETTINGS)["psnr_db"])
+    assert figures == pytest.approx(evaluate_vqvae(best, test, SETTINGS))
+    assert figures != pytest.approx(evaluate_vqvae(last, test, SETTINGS))
+
+
+def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(tmp_path: Path, finished: Finished) -> None:
+    run(tmp_path, 1)
+    torch.manual_seed(12345)  # what a program did before does not matter
+    draws, fits = (
+        patch.object(m, name, wraps=getattr(m, name)) for m, name in ((quantizer, "_draw_rows"), (train, "fit"))
+    )
+    with draws as draw, fits as fit:
+        assert run(tmp_path, resume=True) == finished[1]
+    assert draw.called  # codes restarted
+    assert fit.call_args.args[2].seed == 3
+    for part in ("model", "optimizer", "averages", "best"):
+        assert_close(resume_state(tmp_path)[part], resume_state(finished[0])[part], rtol=0, atol=0)
+    assert (tmp_path / "vqvae.safetensors").read_bytes() == (finished[0] / "vqvae.safetensors").read_bytes()
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def test_a_run_is_not_resumed_with_other_data(tmp_path: Path, monkeypatch: Patch, finished: Finished) -> None:
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    other = replace(mnist(), train=Split(mnist().train.images.flip(0), mnist().train.labels))
+    monkeypatch.setattr(train, "load_mnist", lambda *_: other)
+    with pytest.raises(InputError, match=r"data = '[0-9a-f]{64}', found data = '"):
+        run(tmp_path, 4, resume=True)
+    run(tmp_path, 1, overwrite=True, prediction_weight=0.0)
+    assert not any("prediction" in name for row in rows(tmp_path) for name in row)
+    assert len(resume_state(tmp_path)["model"]) == len(VQVAE(CONFIG, (1, 28, 28)).state_dict())
+
+
+@pytest.mark.parametrize(("image_shape", "num_classes"), [((3, 32, 32), 3), ((1, 20, 36), 0)])
+def test_any_images_and_classes_can_be_trained_on(tmp_path: Path, image_shape: Any, num_classes: int) -> None:
+    dataset, path, training = make_dataset(40, image_shape, num_classes), tmp_path / "a", replace(SETTINGS, lr=1e-3)
+    task, same, other = (VQVAETask(CONFIG, training, dataset, path, CPU, seed) for seed in (0, 0, 1))
+    assert torch.equal(task.vqvae.encoder[0].weight, same.vqvae.encoder[0].weight)
+    assert not torch.equal(task.vqvae.encoder[0].weight, other.vqvae.encoder[0].weight)
+    fit(task, training, Run(tmp_path / "vqvae", 0, task.settings))
+    model, header = load_vqvae(path, CPU)
+    assert (model.image_shape, len(header.data["class_names"])) == (image_shape, num_classes)
+    expected = evaluate_vqvae(model, dataset.validation, training)["squared_error"]
+    assert header.metrics["squared_error"] == pytest.approx(expected)
+
+
+def test_tensorboard_has_scalars_pictures_and_the_graph(finished: Finished) -> None:
+    events = EventAccumulator(str(finished[0] / "vqvae"), size_guidance={"images": 0}).Reload()
+    expected = {f"{term}/{where}" for term in (*TERMS, "prediction") for where in ("train_step", "train", "validation")}
+    assert {*expected, "squared_error/validation", "images_per_s"} <= set(events.Tags()["scalars"])
+    original, pictures = events.Images("original")[2], events.Images("reconstruction")
+    assert [event.step for event in pictures] == [STEPS, 2 * STEPS, 3 * STEPS]  # one tag, so a slider
+    assert len({event.encoded_image_string for event in [original, *pictures]}) == 4
+    assert (original.width, original.height, events.Tags()["graph"]) == (302, 122, True)  # forty digits
+
+
+def test_the_public_names_are_there_and_load_gives_the_named_model_or_the_shipped_one(
+    finished: Finished, monkeypatch: Patch
+) -> None:
+    code = "import sys, vqvae; vqvae.InputError; assert 'torch' not in sys.modules"  # they cost nothing before
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert [getattr(vqvae, name).__name__ for name in vqvae.__all__] == vqvae.__all__
+    with pytest.raises(AttributeError, match="'vqvae' has no attribute 'Nothing'"):
+        _ = vqvae.Nothing
+    monkeypatch.chdir(finished[0])  # where there are no runs of the user's
+    shipped, own = vqvae.load(), vqvae.load("vqvae.safetensors", device="cpu")
+    assert (shipped.config, own.config) == (load_vqvae(SHIPPED / "vqvae.safetensors", CPU)[0].config, CONFIG)
+    assert not any(module.training for module in own.modules())
+    with pytest.raises(InputError, match="`device` to be auto, cpu or cuda"):
+        vqvae.load(device="tpu")

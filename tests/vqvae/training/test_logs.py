@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from vqvae import distributed
+from vqvae.training.logs import RunLog
+
+Patch = pytest.MonkeyPatch
+
+
+def write(folder: Path, first_step: int, steps: list[int], offset: float = 0.0) -> None:
+    with RunLog(folder, first_step) as log:
+        for step in steps:
+            log.scalars({"loss/train": step + offset, "lr": 0.5}, step)
+
+
+def logged(folder: Path) -> list[tuple[int, float]]:
+    """The curve of the loss, which is the same in both places."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("loss/train", "lr"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (row["step"], row[name]) for row in rows
+        ]
+    return [(row["step"], row["loss/train"]) for row in rows]
+
+
+def test_scalars_go_to_both_places_and_going_on_drops_those_of_its_first_step_and_later(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    write(folder, 3, [4])  # there is no log to go on with
+    assert logged(folder) == [(4, 4.0)]
+    (folder / "resume.pt").write_bytes(b"not a log")
+    write(folder, 0, [1, 2, 3, 4])
+    assert logged(folder) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    write(folder, 3, [3, 4, 5], offset=0.5)
+    assert logged(folder) == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5), (5, 5.5)]
+    write(folder, 0, [1], offset=0.5)
+    assert logged(folder) == [(1, 1.5)]
+    assert (folder / "resume.pt").read_bytes() == b"not a log"
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 3, "loss', b'{"step": 2}', b'{"step": 2, "lo\n\xff\xfe\n[1]\n{"l": 1}\n']
+)
+def test_going_on_drops_lines_that_are_cut_short_or_damaged(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + damage)
+    RunLog(tmp_path, 5).__exit__()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "loss": 1.0}\n'
+
+
+def test_all_is_on_disk_when_it_is_flushed_and_only_the_main_process_writes(tmp_path: Path, monkeypatch: Patch) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with RunLog(tmp_path / str(rank), 0) as log:
+            for step in (1, 2):
+                log.picture("samples", torch.full((3, 4, 6), step / 2), step)
+            log.graph(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.zeros(1, 2),))
+            log.scalars({}, 3)
+            assert (tmp_path / "0" / "metrics.jsonl").read_text() == '{"step": 3}\n'
+            log.flush()  # not yet closed
+            events = EventAccumulator(str(tmp_path / "0")).Reload()
+    assert [(event.step, event.width, event.height) for event in events.Images("samples")] == [(1, 6, 4), (2, 6, 4)]
+    assert any("Linear" in node.name for node in events.Graph().node)
+    assert not (tmp_path / "1").exists()

@@ -1,0 +1,56 @@
+"""Whole sets of images to code maps and back, in batches, with a VQ-VAE in eval mode."""
+
+import torch
+from torch import Tensor
+
+from vqvae.compute import eval_mode, in_batches
+from vqvae.data.dataset import Split
+from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.errors import InputError
+from vqvae.model import VQVAE
+
+BATCH = 500
+
+
+def encode_images(model: VQVAE, images: Tensor) -> Tensor:
+    """Code maps (N, H, W) int64, on the model's device, of images (N, C, S, T).
+
+    Args:
+        images: uint8, or floating point in the model's range -1..1.
+    """
+    with eval_mode(model):
+        batches = (images[rows].to(model.device) for rows in in_batches(len(images), BATCH))
+        indices = [model.encode(to_model_range(x) if x.dtype == torch.uint8 else x) for x in batches]
+    return torch.cat(indices)  # outside of inference mode, so that the result can take part in training
+
+
+def decode_images(model: VQVAE, indices: Tensor) -> Tensor:
+    """Images (N, C, S, T) in 0..1, on the CPU, of code maps (N, H, W)."""
+    with eval_mode(model):
+        batches = (indices[rows].to(model.device) for rows in in_batches(len(indices), BATCH))
+        images = [to_unit_range(model.decode_indices(batch)).cpu() for batch in batches]
+    return torch.cat(images)
+
+
+def reconstruct_images(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Code maps (N, H, W), on the model's device, and reconstructions (N, C, S, T) in 0..1, on the CPU, of images as
+    `encode_images` takes them."""
+    indices = encode_images(model, images)
+    return indices, decode_images(model, indices)
+
+
+def reconstruct_split(model: VQVAE, split: Split, num_images: int) -> dict[str, Tensor]:
+    """The first images of a split, through stage one and back.
+
+    Returns:
+        `images` and `reconstructions` (N, C, S, T) in 0..1, `indices` (N, H, W) and `labels` (N,), on the CPU.
+    Raises:
+        InputError: there are not so many images.
+    """
+    most = len(split.labels)
+    if not 1 <= num_images <= most:
+        raise InputError(f"expected `num_images` between 1 and {most}, found {num_images}; try `num_images={most}`")
+    images, labels = split.first(num_images)
+    indices, reconstructions = reconstruct_images(model, images)
+    originals = to_unit_range(to_model_range(images))
+    return {"images": originals, "reconstructions": reconstructions, "indices": indices.cpu(), "labels": labels}

@@ -1,0 +1,153 @@
+"""Several processes that work as one, started by torchrun. With a single process nothing here does anything.
+
+`python cli.py ...` runs one process. Under `torchrun --nproc-per-node N cli.py ...` every process runs the same
+program on its share of the work. The functions here are where the processes meet, so all of them must call each
+function, in the same order.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vqvae.errors import InputError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Inside, torchrun's processes are connected, by gloo for tensors on the CPU and by NCCL on CUDA.
+
+    Only the main process prints.
+    """
+    # The first optimiser would import this module later. It would then keep the group in its functions' default
+    # arguments until the interpreter ends, where a worker thread of the group may abort a process that had finished.
+    import torch.distributed.nn.functional
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def require_one_process(task: str) -> None:
+    """Refuse to do a task with several processes.
+
+    Raises:
+        InputError: there are several.
+    """
+    if world_size() > 1:
+        raise InputError(f"expected one process for {task}, found {world_size()}; start it with python, not torchrun")
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block alone, then the others run it. They find on disk what the main one wrote."""
+    if not is_main():
+        dist.barrier()
+    yield
+    if is_main() and world_size() > 1:
+        dist.barrier()
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shard(items: Iterable[T]) -> Iterator[T]:
+    """This process's share of some items: one in `world_size`, starting at its own rank."""
+    return islice(items, rank(), None, world_size())
+
+
+def batch_shard(num: int) -> slice:
+    """This process's share of a batch of `num` samples. The shares are in order and nearly equal.
+
+    Raises:
+        InputError: there are fewer samples than processes.
+    """
+    if num < world_size():
+        raise InputError(
+            f"expected at least one sample of every batch for each of {world_size()} processes, found a batch of "
+            f"{num}; choose another `batch_size`, or fewer processes"
+        )
+    return slice(num * rank() // world_size(), num * (rank() + 1) // world_size())
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors, without a gradient."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(mean: Tensor, num: int) -> Tensor:
+    """The mean over all processes' samples, from each process's mean over its own `num` samples.
+
+    The gradient is that of the process's own mean. `sum_gradients` then adds these up to the gradient of the whole.
+    """
+    if world_size() == 1:
+        return mean
+    total = all_reduce_sum(torch.cat([mean.flatten() * num, mean.new_tensor([num])]))
+    return mean + ((total[:-1] / total[-1]).view_as(mean) - mean).detach()
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set in any process. All processes get the same answer after the same step."""
+    return all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
+
+
+def all_gather(value: T) -> list[T]:
+    """The values of all processes, in the order of their ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """The main process's tensor, in every process."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def sum_gradients(model: nn.Module, weight: float) -> None:
+    """Replace every gradient by the weighted sum over the processes.
+
+    Args:
+        weight: of this process. Its share of the batch's samples gives the gradient of the batch's mean loss.
+    """
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]) * weight)
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

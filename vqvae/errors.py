@@ -1,0 +1,27 @@
+"""The errors that a caller can mend, and the end of a run by a signal.
+
+What stands in backticks in a message is Python: an argument, an argument with a value, or a function. The command line
+turns it into the flag or the command that does the same (cli.py, `as_flags`).
+"""
+
+
+class InputError(ValueError):
+    """An argument, a file or a setting is not what it should be. The message is one sentence: what was expected, what
+    was found, what to do about it."""
+
+
+class MissingFileError(InputError, FileNotFoundError):
+    """A file that is needed is not there."""
+
+
+class Interrupted(Exception):
+    """A signal ended a training run, which was saved first.
+
+    Args:
+        signal: its number.
+        step: how many steps are done and saved.
+    """
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"interrupted by signal {signal} after step {step}")
+        self.signal, self.step = signal, step
