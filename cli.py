@@ -201,8 +201,9 @@ def sample(
         from vqvae.storage.runs import describe, find_vqvae
 
         file = find_vqvae(vqvae)
+        model = load(file, device)
         print(f"weights: {describe(file)}")
-        arrays = draw_gaussian(load(file, device), gaussian_input or "latent", num_samples, seed)
+        arrays = draw_gaussian(model, gaussian_input or "latent", num_samples, seed)
     else:
         from tqdm import tqdm
 
@@ -321,7 +322,7 @@ def as_flags(message: str) -> str:
             return flag
         return f"{flag} {value}"
 
-    return re.sub(r"`(\w+)(\(\))?(?:=([^`]*))?`", translate, message)
+    return re.sub(r"`([\w\[\]]+)(\(\))?(?:=([^`]*))?`", translate, message)
 
 
 def main() -> None:

@@ -162,7 +162,7 @@ def load_prior(
     if header.vqvae_fingerprint != vqvae_header.fingerprint:
         raise InputError(
             f"expected the VQ-VAE that the prior at {path} was trained on, of fingerprint "
-            f"{str(header.vqvae_fingerprint)[:12]}, found one of fingerprint {vqvae_header.fingerprint[:12]}; "
+            f"{str(header.vqvae_fingerprint)[:12]!r}, found one of fingerprint {vqvae_header.fingerprint[:12]!r}; "
             f"name a pair that belongs together, by `vqvae` and `prior`"
         )
 

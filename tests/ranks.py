@@ -49,7 +49,6 @@ def make_task(stage: str, dataset: Dataset, path: Path, device: torch.device = C
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    """What was logged, without the speeds."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{name: line[name] for name in line if "_per_s" not in name} for line in lines]
 
@@ -134,8 +133,7 @@ def everything(folder: Path) -> dict[str, Any]:
     return found | train_everything(folder) | figures_and_samples() | codebook_and_gradient()
 
 
-def other_threads() -> int:
-    """How many threads there are that Python doesn't know."""
+def other_threads() -> int:  # that Python does not know
     return max(0, len(list(Path("/proc/self/task").glob("*"))) - threading.active_count())
 
 

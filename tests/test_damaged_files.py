@@ -252,12 +252,12 @@ def test_a_resume_state_that_lies_is_refused_or_plain_data(path: Path, valid: Va
 
 
 def test_a_compressed_resume_state_and_a_torchscript_archive_are_refused(path: Path, valid: Valid) -> None:
-    for name, method in (("resume/data/9", zipfile.ZIP_DEFLATED), ("resume/constants.pkl", zipfile.ZIP_STORED)):
+    for name, method in (("archive/zeros", zipfile.ZIP_DEFLATED), ("archive/constants.pkl", zipfile.ZIP_STORED)):
         buffer = io.BytesIO(valid.files["resume"][:-64])
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.writestr(name, bytes(10**6), method)  # compressed, it could unpack to any size
         path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).hexdigest().encode())
-        with pytest.raises(InputError, match="compressed entries|TorchScript"):
+        with pytest.raises(InputError, match=r"compressed entries|TorchScript"):
             load_resume_state(path)
 
 

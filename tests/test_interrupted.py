@@ -1,7 +1,6 @@
-"""Training by the command line in processes that are ended by signals and gone on with.
+"""Training by the command line, in processes that are ended by signals and gone on with.
 
-`test_interrupted.py FOLDER` does it. It has imported all that a process needs, so that these start at once.
-"""
+`test_interrupted.py FOLDER` starts them. It has imported all that they need, so that they start at once."""
 
 import json
 import multiprocessing
@@ -83,8 +82,7 @@ def statuses(folder: Path, name: str, signals: list[int]) -> list[int]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of all runs, and the exit statuses in statuses.json."""
     folder, environment = tmp_path_factory.mktemp("runs"), {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, __file__, folder]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
 

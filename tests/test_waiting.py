@@ -13,8 +13,7 @@ from tests.ranks import make_task
 from vqvae import quantizer
 from vqvae.training.loop import LOG_EVERY, Run, fit
 
-NUM_STEPS = (3, 9)
-BATCH = 16
+BATCH, NUM_STEPS = 16, (3, 9)
 WAITING = ("_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -22,9 +21,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 class Waits(TorchDispatchMode):
     """Counts the operations that a program on a GPU stops for: a number is read, or a shape depends on values."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num = 0
+    num = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__

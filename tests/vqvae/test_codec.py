@@ -36,8 +36,7 @@ def test_images_become_codes_and_come_back(model: VQVAE, monkeypatch: pytest.Mon
     assert len(indices.unique()) > 3
     assert torch.equal(indices, out.indices)
     assert_close(x_hat, ((out.x_hat + 1) / 2).clamp(0, 1), rtol=0, atol=1e-5)
-    assert not indices.is_inference()  # so that they can take part in training
-    assert not x_hat.is_inference()
+    assert [indices.is_inference(), x_hat.is_inference()] == [False, False]  # they can take part in training
 
 
 def test_as_many_images_of_a_split_are_reconstructed_as_it_has(model: VQVAE) -> None:
@@ -47,6 +46,5 @@ def test_as_many_images_of_a_split_are_reconstructed_as_it_has(model: VQVAE) -> 
     assert_close(found, {**first, "indices": indices, "reconstructions": reconstructions}, rtol=0, atol=1e-6)
     assert len(reconstruct_split(model, SPLIT, 16)["labels"]) == 16
     for num in (0, 17):
-        message = f"expected `num_images` between 1 and 16, found {num}; try `num_images=16`"
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"`num_images` between 1 and 16, found {num}; try `num_images=16`"):
             reconstruct_split(model, SPLIT, num)

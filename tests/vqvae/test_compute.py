@@ -37,9 +37,7 @@ def test_auto_takes_cuda_where_there_is_one_and_each_process_its_own(monkeypatch
 
 
 @pytest.mark.parametrize("there", [{}, {"avx2": True, "avx512_bf16": False}, {"amx_bf16": True}, {"avx512_bf16": True}])
-def test_a_device_multiplies_bfloat16_only_if_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, there: dict[str, bool]
-) -> None:
+def test_a_device_multiplies_bfloat16_if_it_says_so(monkeypatch: pytest.MonkeyPatch, there: dict[str, bool]) -> None:
     expected = there in ({"amx_bf16": True}, {"avx512_bf16": True})
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
     assert multiplies_bfloat16(torch.device("cpu")) is expected
@@ -52,7 +50,6 @@ def test_a_device_multiplies_bfloat16_only_if_it_says_so(
 def test_seeds_differ_by_every_key_and_seeding_globally_is_what_torch_does() -> None:
     seeds = [derive_seed(seed, use, i) for seed in range(3) for use in ("order", "step") for i in range(50)]
     assert len({*seeds, derive_seed(11, 1), derive_seed(1, 11)}) == len(seeds) + 2
-    assert derive_seed(1, "order", 2) == derive_seed(1, "order", 2)
     for seed in seeds:
         seed_globally(seed)
         assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(seed)))

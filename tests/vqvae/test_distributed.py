@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from tests import ranks
 from tests.helpers import FIXTURE, ROOT, run
-from tests.ranks import rows
 from vqvae import distributed
 from vqvae.distributed import batch_shard, shard
 from vqvae.errors import InputError
@@ -31,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests/ranks.py finds and writes, in the folders 1, 2 and 3 by the number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, ROOT / "tests" / "ranks.py", folder]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     torch.save(ranks.everything(folder / "1"), folder / "1" / "0.pt")
     return folder
@@ -52,18 +51,16 @@ def many(folder: Path, request: pytest.FixtureRequest) -> list[Found]:
 def test_uneven_shares_of_batches_train_as_whole_ones_do(folder: Path, alone: Found, many: list[Found]) -> None:
     for found in many:
         torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
-    expected = [pytest.approx(row, rel=1e-9) for row in rows(folder / "1" / "line")]
-    assert rows(folder / str(len(many)) / "line") == expected
+    expected = [pytest.approx(row, rel=1e-9) for row in ranks.rows(folder / "1" / "line")]
+    assert ranks.rows(folder / str(len(many)) / "line") == expected
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "prior"])
-def test_both_stages_come_to_the_weights_and_figures_of_one_process(
-    folder: Path, many: list[Found], stage: str
-) -> None:
+def test_both_stages_come_to_the_weights_of_one_process(folder: Path, many: list[Found], stage: str) -> None:
     one, several = folder / "1" / "rank0", folder / str(len(many)) / "rank0"
     weights = [load_file(own / f"{stage}.safetensors") for own in (several, one)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-5)
-    assert rows(several / stage) == [pytest.approx(row, rel=1e-4) for row in rows(one / stage)]
+    assert ranks.rows(several / stage) == [pytest.approx(row, rel=1e-4) for row in ranks.rows(one / stage)]
 
 
 def test_a_signal_to_one_stops_all_and_each_has_a_randomness_of_its_own(alone: Found, many: list[Found]) -> None:
@@ -119,7 +116,7 @@ def test_a_process_that_dies_ends_the_others_and_the_last_save_stays(tmp_path: P
     command += ["--output-folder", tmp_path, "--device", "cpu", "--num-epochs"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = map(str, [*torchrun, ROOT / "cli.py", *command, 1000])
-    started = subprocess.Popen([*script], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = subprocess.Popen([*script], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     try:
         while not resume_file.exists() and started.poll() is None:
             time.sleep(0.05)

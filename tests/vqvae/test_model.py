@@ -10,7 +10,7 @@ from tests.helpers import CPU, make_info, make_split, make_vqvae, save_model
 from vqvae.data.pixels import to_model_range
 from vqvae.errors import InputError
 from vqvae.model import VQVAE, ResidualBlock, VQVAEConfig, load_vqvae
-from vqvae.train import VQVAETraining
+from vqvae.train import VQVAETraining, loss_terms
 from vqvae.training.settings import make_optimizer
 
 gpu = pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -33,10 +33,9 @@ def test_decoding_the_codes_of_an_image_gives_its_reconstruction_alone_and_in_an
     assert len(out.indices.unique()) > 5
     assert torch.equal(model.encode(x), out.indices)
     assert_close(model.decode_indices(model.encode(x)), out.x_hat, rtol=0, atol=1e-6)
-    for i in range(len(x)):
-        alone = model(x[i : i + 1])
-        assert torch.equal(alone.indices[0], out.indices[i])
-        assert_close(alone.x_hat[0], out.x_hat[i], rtol=0, atol=1e-5)
+    alone = [model(image[None]) for image in x]
+    assert torch.equal(torch.cat([each.indices for each in alone]), out.indices)
+    assert_close(torch.cat([each.x_hat for each in alone]), out.x_hat, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("image_shape", [(1, 4, 4), (1, 28, 28), (3, 32, 32), (1, 20, 36)])
@@ -77,8 +76,8 @@ def test_the_settings_reach_the_network() -> None:
     for part, num_blocks in ((model.encoder, 3), (model.decoder, 2)):
         shapes = [module[1].weight.shape for module in part if isinstance(module, ResidualBlock)]
         assert shapes == [(8, 8, 3, 3)] * num_blocks
-    assert model.quantizer.codebook.shape == (10, 6)
-    assert (model.quantizer.learning, model.quantizer.decay) == ("ema", 0.7)
+    layer = model.quantizer
+    assert (layer.codebook.shape, layer.learning, layer.decay) == ((10, 6), "ema", 0.7)
 
 
 LIMITS = [("code_dim", 1, 1024), ("num_codes", 2, 32767), ("width", 4, 2048), ("ema_decay", 0, 0.99999)]
@@ -119,11 +118,12 @@ def test_an_averaged_codebook_is_not_optimised_and_a_learned_one_does_not_decay(
         assert decay_of[id(parameter)] == (0.1 if name.endswith("weight") else 0.0), name  # all are convolutions
 
 
-def test_latents_are_float32_under_autocast() -> None:
+def test_latents_losses_and_reconstructions_are_float32_under_autocast() -> None:
     model, x = make_varied()
     with torch.autocast("cpu", torch.bfloat16):
         assert model.encoder(x).dtype == torch.bfloat16
-        assert model.encode_continuous(x).dtype == model(x).commitment_loss.dtype == torch.float32
+        terms, x_hat, _ = loss_terms(model, make_split(2).images, VQVAETraining())
+        assert {t.dtype for t in (model.encode_continuous(x), x_hat, *terms.values())} == {torch.float32}
 
 
 @both_ways

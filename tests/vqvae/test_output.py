@@ -23,15 +23,12 @@ def test_an_ending_other_than_png_and_npz_is_refused(name: str) -> None:
         check_output(Path(name))
 
 
-def test_arrays_keep_their_names_values_and_types(tmp_path: Path) -> None:
+def test_arrays_keep_their_names_values_and_types_and_a_picture_has_the_originals_beside_it(tmp_path: Path) -> None:
     save_images(tmp_path / "a.npz", ARRAYS)
     assert save_reconstructions(tmp_path / "b.npz", ARRAYS) == [tmp_path / "b.npz"]
     for name in ("a.npz", "b.npz"):
         with np.load(tmp_path / name) as found:
             torch.testing.assert_close({key: torch.from_numpy(found[key]) for key in found}, ARRAYS, rtol=0, atol=0)
-
-
-def test_a_picture_of_reconstructions_has_the_originals_beside_it(tmp_path: Path) -> None:
     written = save_reconstructions(tmp_path / "r.png", ARRAYS)
     assert written == [tmp_path / "r-original.png", tmp_path / "r.png"]
     assert [path.read_bytes() for path in written] == [grid_png(IMAGES), grid_png(OTHERS)]

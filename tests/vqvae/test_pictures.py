@@ -13,7 +13,6 @@ from vqvae.pictures import grid, grid_png, save_grid, save_sheet
 
 def read(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        assert image.mode == "RGB"
         return np.asarray(image)
 
 
@@ -32,7 +31,6 @@ def test_a_batch_written_and_read_back_is_the_original(tmp_path: Path, image_sha
         top, left = 2 + i // 10 * (height + 2), 2 + i % 10 * (width + 2)
         expected[top : top + height, left : left + width] = images[i].permute(1, 2, 0)
     np.testing.assert_array_equal(read(tmp_path / "grid.png"), expected)
-    assert grid(shown).shape == (3, *expected.shape[:2])
 
 
 def test_a_sheet_has_each_grid_under_its_title(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ def make_predictor(map_shape: tuple[int, int] = (7, 7)) -> CausalPredictor:
 
 
 def random_vectors(num: int, map_shape: tuple[int, int] = (7, 7), seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num, 4, *map_shape, generator=generator, dtype=torch.float64)
+    return torch.randn(num, 4, *map_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("map_shape", [(7, 7), (3, 5), (1, 4), (4, 1), (1, 1)])

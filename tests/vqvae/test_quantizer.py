@@ -23,11 +23,8 @@ def make_layer(learning: str, codes: Tensor | None = None, decay: float = 0.9) -
     """A layer with these codes, by default 16 of 4 dimensions, and with averages that agree with them."""
     codes = random_latents(16, 4, seed=1000) if codes is None else codes
     layer = VectorQuantizer(*codes.shape, learning, decay)
-    with torch.no_grad():
-        layer.codebook.copy_(codes)
-        if learning == "ema":
-            layer.sums.copy_(codes)
-            layer.initialised.fill_(True)
+    averages = {"counts": torch.ones(len(codes)), "sums": codes, "initialised": torch.tensor(True)}
+    layer.load_state_dict({"codebook": codes, **(averages if learning == "ema" else {})})
     return layer
 
 

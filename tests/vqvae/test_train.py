@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -92,9 +91,8 @@ def test_figures_of_a_split_do_not_depend_on_the_batch_size(monkeypatch: Patch, 
     model = make_model()
     figures = evaluate_vqvae(model, DIGITS, VQVAETraining())
     out = model(DIGITS.images / 127.5 - 1)  # and now all of it by hand, over the split at once
-    errors = (
-        (((out.x_hat + 1) / 2).clamp(0, 1) - DIGITS.images / 255).square().mean((1, 2, 3)).detach().double().numpy()
-    )
+    x_hat = ((out.x_hat.detach() + 1) / 2).clamp(0, 1)
+    errors = (x_hat - DIGITS.images / 255).double().square().mean((1, 2, 3)).numpy()
     share = np.unique(out.indices, return_counts=True)[1] / out.indices.numel()
     assert len(share) > 3
     expected = {"squared_error": errors.mean(), "psnr_db": np.mean(10 * np.log10(1 / errors))}
@@ -120,10 +118,12 @@ def test_evaluation_restores_the_mode_of_every_module_and_moves_no_average(monke
     assert evaluate_vqvae(networks[0], DIGITS, SETTINGS)["psnr_db"] == pytest.approx(100)  # and not infinite
 
 
-def run(folder: Path, num_epochs: int = 3, **changes: Any) -> dict[str, float]:
-    options = {name: changes.pop(name) for name in ("resume", "overwrite") if name in changes}
-    options |= {"data_folder": FIXTURE, "device": "cpu", "download": False, "seed": 3}
-    return train_vqvae(CONFIG, replace(SETTINGS, num_epochs=num_epochs, **changes), output_folder=folder, **options)
+def run(folder: Path, num_epochs: int = 3, resume: bool = False, **changes: Any) -> dict[str, float]:
+    """A run in which codes die within a few steps, so that restarts take part, and losses are logged often."""
+    options = {"data_folder": FIXTURE, "device": "cpu", "download": False, "seed": 3, "resume": resume}
+    training = replace(SETTINGS, num_epochs=num_epochs, **changes)
+    with patch.object(quantizer, "RESTART_BELOW", 0.8), patch.object(loop, "LOG_EVERY", 5):
+        return train_vqvae(CONFIG, training, output_folder=folder, overwrite=bool(changes), **options)
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -136,15 +136,8 @@ def resume_state(folder: Path) -> dict[str, Any]:
     return checkpoint.load_resume_state(folder / "vqvae" / "resume.pt")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def eventful() -> Iterator[None]:
-    """Codes die within a few steps, so that restarts take part, and losses are logged often."""
-    with patch.object(quantizer, "RESTART_BELOW", 0.8), patch.object(loop, "LOG_EVERY", 5):
-        yield
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, eventful: None) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The folder of a run of three epochs with all terms, and the figures that it returned."""
     folder = tmp_path_factory.mktemp("finished")
     return folder, run(folder)
@@ -152,9 +145,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, eventful: None) -> Finish
 
 def test_training_lowers_the_error_and_writes_what_it_was(finished: Finished) -> None:
     folder, _ = finished
-    assert {path.name[:12] for path in folder.rglob("*.*")} == {
-        *("vqvae.safete", "events.out.t", "metrics.json", "resume.pt", ".lock")
-    }
+    names = sorted(path.name[:9] for path in folder.rglob("*.*"))
+    assert names == [".lock", "events.ou", "metrics.j", "resume.pt", "vqvae.saf"]
     assert [row["step"] for row in rows(folder)] == [5, 7, 10, 14, 15, 20, 21]
     first, _, last = (row for row in rows(folder) if "epoch" in row)
     assert last["squared_error/validation"] < 0.9 * first["squared_error/validation"]
@@ -187,13 +179,10 @@ def test_only_the_best_weights_see_the_test_split_and_only_at_the_end(tmp_path: 
 def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(tmp_path: Path, finished: Finished) -> None:
     run(tmp_path, 1)
     torch.manual_seed(12345)  # what a program did before does not matter
-    draws, fits = (
-        patch.object(m, name, wraps=getattr(m, name)) for m, name in ((quantizer, "_draw_rows"), (train, "fit"))
-    )
-    with draws as draw, fits as fit:
+    draws = patch.object(quantizer, "_draw_rows", wraps=quantizer._draw_rows)
+    with draws as draw, patch.object(train, "fit", wraps=fit) as fitted:
         assert run(tmp_path, resume=True) == finished[1]
-    assert draw.called  # codes restarted
-    assert fit.call_args.args[2].seed == 3
+    assert (draw.called, fitted.call_args.args[2].seed) == (True, 3)  # codes restarted
     for part in ("model", "optimizer", "averages", "best"):
         assert_close(resume_state(tmp_path)[part], resume_state(finished[0])[part], rtol=0, atol=0)
     assert (tmp_path / "vqvae.safetensors").read_bytes() == (finished[0] / "vqvae.safetensors").read_bytes()
@@ -206,7 +195,7 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path: Path, monkeypatch: Patch
     monkeypatch.setattr(train, "load_mnist", lambda *_: other)
     with pytest.raises(InputError, match=r"data = '[0-9a-f]{64}', found data = '"):
         run(tmp_path, 4, resume=True)
-    run(tmp_path, 1, overwrite=True, prediction_weight=0.0)
+    run(tmp_path, 1, prediction_weight=0.0)  # overwrites
     assert not any("prediction" in name for row in rows(tmp_path) for name in row)
     assert len(resume_state(tmp_path)["model"]) == len(VQVAE(CONFIG, (1, 28, 28)).state_dict())
 
@@ -214,8 +203,7 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path: Path, monkeypatch: Patch
 @pytest.mark.parametrize(("image_shape", "num_classes"), [((3, 32, 32), 3), ((1, 20, 36), 0)])
 def test_any_images_and_classes_can_be_trained_on(tmp_path: Path, image_shape: Any, num_classes: int) -> None:
     dataset, path, training = make_dataset(40, image_shape, num_classes), tmp_path / "a", replace(SETTINGS, lr=1e-3)
-    task, same, other = (VQVAETask(CONFIG, training, dataset, path, CPU, seed) for seed in (0, 0, 1))
-    assert torch.equal(task.vqvae.encoder[0].weight, same.vqvae.encoder[0].weight)
+    task, other = (VQVAETask(CONFIG, training, dataset, path, CPU, seed) for seed in (0, 1))
     assert not torch.equal(task.vqvae.encoder[0].weight, other.vqvae.encoder[0].weight)
     fit(task, training, Run(tmp_path / "vqvae", 0, task.settings))
     model, header = load_vqvae(path, CPU)
@@ -234,9 +222,7 @@ def test_tensorboard_has_scalars_pictures_and_the_graph(finished: Finished) -> N
     assert (original.width, original.height, events.Tags()["graph"]) == (302, 122, True)  # forty digits
 
 
-def test_the_public_names_are_there_and_load_gives_the_named_model_or_the_shipped_one(
-    finished: Finished, monkeypatch: Patch
-) -> None:
+def test_the_public_names_are_there_and_load_gives_a_trained_model(finished: Finished, monkeypatch: Patch) -> None:
     code = "import sys, vqvae; vqvae.InputError; assert 'torch' not in sys.modules"  # they cost nothing before
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert [getattr(vqvae, name).__name__ for name in vqvae.__all__] == vqvae.__all__

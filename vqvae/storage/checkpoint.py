@@ -116,7 +116,7 @@ def read_header(path: Path, stage: str) -> Header:
             raise TypeError("its header has no format version")
         if version != FORMAT_VERSION:  # checked first, because the other fields depend on the version
             raise InputError(
-                f"expected format version {FORMAT_VERSION} in {path}, found {version}; "
+                f"expected format version {FORMAT_VERSION} in {path}, found {str(version)[:20]}; "
                 f"train it anew with `train_{stage}()`"
             )
         header = _to_header(fields)

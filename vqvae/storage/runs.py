@@ -28,6 +28,8 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     The operating system frees the lock when the process ends, however it ends. If several processes train together,
     the main one holds the lock for all of them.
 
+    Args:
+        overwrite: allow a run where there is one already. Nothing is deleted: new saves replace the old files.
     Raises:
         MissingFileError: there is no run to resume.
         InputError: both `resume` and `overwrite` are given; there is a run already and neither is given; another
@@ -56,8 +58,6 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     try:
         for left in [*output_folder.glob(f".{stage}.*{SCRATCH}"), *(output_folder / stage).glob(f".*{SCRATCH}")]:
             left.unlink(missing_ok=True)  # a process that was killed while it wrote left this file
-        if overwrite:
-            resume_file.unlink(missing_ok=True)  # otherwise the run that is replaced could be resumed later
         yield
     finally:
         lock.release()

@@ -96,18 +96,17 @@ class _Loop:
         self.total_steps = self.epoch_steps * training.num_epochs
         self.resume_file = run.folder / "resume.pt"
         self.step, self.best, self.averager = 0, math.inf, MetricAverager()
-        report = self.load() if run.resume else {}
+        self.saved_report = self.load() if run.resume else {}
         self.last_losses: dict[str, float] = {}
         self.saved_step, self.saved_s = self.step, time.monotonic()
         self.log = RunLog(run.folder, self.step)
-        if report:
-            self.log.scalars(report, self.step)  # it was saved, but perhaps not yet logged
         self.bar = tqdm(
             total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_main()
         )
 
     def train(self) -> None:
         with self.log, self.bar, catch_signals() as request:
+            self.publish(self.saved_report)  # the log has dropped it, or it was killed before it was logged
             for epoch in range(self.step // self.epoch_steps, self.training.num_epochs):
                 self.bar.set_description(f"epoch {epoch + 1}/{self.training.num_epochs}")
                 first_step, started_s = self.step, time.perf_counter()
@@ -142,7 +141,7 @@ class _Loop:
                 self.save(report)
             if report:
                 self.bar.set_postfix_str(f"loss {next(iter(report.values())):.4f}")
-                self.log.scalars(report, self.step)
+            self.publish(report)
             if stop:
                 raise Interrupted(request.signal or SIGTERM, self.step)
 
@@ -173,6 +172,7 @@ class _Loop:
         figures, best_by = self.task.evaluate(), self.task.best_by
         if not math.isfinite(figures[best_by]):
             raise self.diverged(f"{best_by} on validation, found {figures[best_by]} after epoch {epoch + 1}")
+        self.require_finite_weights()
         report = {f"{name}/train": value for name, value in self.averager.averages().items()}
         report |= {f"{name}/validation": value for name, value in figures.items()}
         rate = learning_rate(self.training, (self.step - 1) / self.total_steps)
@@ -182,9 +182,17 @@ class _Loop:
             self.task.save_best(figures)
         self.averager = MetricAverager()
         self.save(report)
-        self.log.scalars(report, self.step)
-        self.bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        self.task.show(self.log, epoch + 1, self.step)
+        line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.publish(report, f"epoch {epoch + 1}: {line}")
+
+    def publish(self, report: dict[str, float], line: str = "") -> None:
+        """Log the scalars of the current step, print a line, and draw at the end of an epoch. All is saved by then."""
+        if report:
+            self.log.scalars(report, self.step)
+        if line:
+            self.bar.write(line)
+        if "epoch" in report:
+            self.task.show(self.log, int(report["epoch"]), self.step)
 
     def read_losses(self) -> dict[str, float]:
         """Read the losses of the steps since the last reading, and return the last step's.
@@ -207,10 +215,9 @@ class _Loop:
         """Save all that resuming needs, if the weights are finite.
 
         Args:
-            report: the scalars that are logged for this step after the save, so that a kill in between loses none.
+            report: what is published for this step after the save. It is saved too, so a kill in between loses none.
         """
-        if not all(bool(tensor.isfinite().all()) for tensor in self.task.model.state_dict().values()):
-            raise self.diverged(f"weights, found others after step {self.step}")
+        self.require_finite_weights()
         self.log.flush()  # the log may be ahead of the saved weights, which resuming mends, but never behind them
         state = {
             "model": self.task.model.state_dict(),
@@ -223,6 +230,10 @@ class _Loop:
         }
         checkpoint.save_resume_state(self.resume_file, state)
         self.saved_step, self.saved_s = self.step, time.monotonic()
+
+    def require_finite_weights(self) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in self.task.model.state_dict().values()):
+            raise self.diverged(f"weights, found others after step {self.step}")
 
     def load(self) -> dict[str, float]:
         """Take over what `save` saved, and return its report."""

@@ -18,7 +18,7 @@ from tests.helpers import CPU, FIXTURE, make_info, make_split, mnist
 from tests.prior.evaluation.test_classifier import make_classifier
 from vqvae.data.dataset import Split, digest
 from vqvae.data.pixels import to_model_range
-from vqvae.errors import InputError, MissingFileError
+from vqvae.errors import InputError
 
 
 def test_each_image_is_rotated_scaled_and_shifted_by_its_own_draws_before_the_background() -> None:
@@ -57,8 +57,10 @@ def test_the_loss_is_of_augmented_images_and_figures_are_of_each_image_as_it_is(
     model, split = make_classifier(), make_split(23)
     task, x = ClassifierTask(model, split, split), split.images.float() / 127.5 - 1
     wrong = (model(x).argmax(dim=1) != split.labels).double().mean().item()
-    assert task.evaluate() == pytest.approx({"cross_entropy": by_hand(x), "error": wrong}, abs=1e-5)
-    losses = task.loss(*task.data)
+    expected = pytest.approx({"cross_entropy": by_hand(x), "error": wrong}, abs=1e-5)
+    model.train()
+    assert (task.evaluate(), model.training) == (expected, True)  # it is evaluated in eval mode all the same
+    losses = ClassifierTask(model.eval(), split, split).loss(*task.data)
     assert (list(losses), losses["cross_entropy"].item()) == (["cross_entropy"], pytest.approx(by_hand(-x), abs=1e-5))
     losses["cross_entropy"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -109,21 +111,23 @@ def test_training_on_labelled_images_is_worth_what_their_labels_are(monkeypatch:
 def test_the_loop_gets_the_seed_and_only_what_it_may_see_and_the_first_epoch_draws_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, locks, graphs = [], [], []
+    calls, graphs, given = [], [], []
     monkeypatch.setattr(training, "fit", lambda task, _, run: (calls.append((task, run)), task.save_best({})))
-    monkeypatch.setattr(training, "run_lock", lambda *given: (locks.append(given), nullcontext())[1])
+    monkeypatch.setattr(training, "run_lock", lambda *arguments: (given.append(arguments), nullcontext())[1])
+    monkeypatch.setattr(training, "load_mnist", lambda *arguments: (given.append(arguments), mnist())[1])
     train(tmp_path, 2, seed=7, resume=True, overwrite=True)
     split, info = make_split(600, (3, 32, 32), 3), make_info((3, 32, 32), 3)
     training.accuracy_after_training_on(split, split.first(6), info, ClassifierTraining(), 8)
     (saved, run), (watched, other) = calls
-    assert locks == [(tmp_path, "classifier", True, True)]
+    assert given == [(FIXTURE, False), (tmp_path, "classifier", True, True)]
     assert (run.seed, run.resume, run.folder, other.seed) == (7, True, tmp_path / "classifier", 8)
     assert run.settings.items() >= {"num_epochs": 2, "seed": 7, "width": 4, "data": digest(mnist().train)}.items()
     assert (watched.model.config, other.folder.exists()) == (ClassifierConfig(), False)  # only the accuracy is kept
     for found, expected in ((saved.data, mnist().train), (watched.data, split), (watched.validation, split.first(500))):
         assert all(map(torch.equal, found, expected))
     log: Any = SimpleNamespace(graph=lambda model, inputs: graphs.append((model.training, inputs[0].clone())))
-    saved.model.train()
+    torch.manual_seed(7)
+    assert torch.equal(saved.model.head.weight, Classifier(ClassifierConfig(4), (1, 28, 28), 10).head.weight)
     for epoch in (1, 2):
         saved.show(log, epoch, 0)
     ((mode, x),) = graphs
@@ -131,11 +135,7 @@ def test_the_loop_gets_the_seed_and_only_what_it_may_see_and_the_first_epoch_dra
     assert torch.equal(x, to_model_range(mnist().validation.images[:1]))
 
 
-def test_missing_data_is_not_fetched_unasked_and_what_cannot_be_trained_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(MissingFileError, match="`download"):
-        train(tmp_path, 1, data_folder=tmp_path / "none")
+def test_what_cannot_be_trained_is_refused_before_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="expected `device`"):
         train(tmp_path, 1, device="abacus")
     for num_classes in (0, 1):

@@ -1,7 +1,6 @@
 """Weights, header and resume state: read back as they were written, and refused if anything in them is another's."""
 
 import hashlib
-import io
 import json
 import pickle
 from dataclasses import replace
@@ -220,9 +219,7 @@ def test_a_resume_state_is_read_back_on_the_cpu_as_it_was(tmp_path: Path, device
 
 
 def test_a_resume_state_that_is_no_dictionary_is_refused(tmp_path: Path) -> None:
-    for content in (3, [1, 2], torch.zeros(3)):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        (tmp_path / "resume.pt").write_bytes(sealed(buffer.getvalue()))
-        with pytest.raises(InputError, match=rf"it holds a {type(content).__name__} and no dictionary"):
-            load_resume_state(tmp_path / "resume.pt")
+    torch.save([1, 2], tmp_path / "resume.pt")
+    (tmp_path / "resume.pt").write_bytes(sealed((tmp_path / "resume.pt").read_bytes()))
+    with pytest.raises(InputError, match="it holds a list and no dictionary"):
+        load_resume_state(tmp_path / "resume.pt")

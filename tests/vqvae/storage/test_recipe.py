@@ -17,7 +17,6 @@ from vqvae.train import VQVAETraining
 
 VQVAE, PRIOR = (VQVAEConfig, VQVAETraining), (PriorConfig, PriorTraining)
 INFO = {"name": "made", "image_shape": [3, 8, 12], "class_names": ["a", "b"], "class_counts": [4, 5]}
-LONG_KEY = {"\n" * 999: 3}
 
 
 def test_overrides_replace_the_recipe_and_the_recipe_the_defaults() -> None:
@@ -32,7 +31,7 @@ def test_overrides_replace_the_recipe_and_the_recipe_the_defaults() -> None:
     ("values", "message"),
     [
         ({"widht": 3}, "unknown key 'widht' in the recipe; did you mean 'width'?"),
-        (LONG_KEY, "unknown key '" + r"\n" * 39 + "\\... in the recipe; known: width, num_layers, dropout, batch_size"),
+        ({"\n" * 999: 3}, "unknown key '" + r"\n" * 39 + "\\... in the recipe; known: width, num_layers, dropout"),
         ({"width": 3.0}, "expected `width` to be of type int, found 3.0"),
         ({"width": True}, "expected `width` to be of type int, found True"),
         ({"num_layers": 7.0}, "expected `num_layers` to be of type int, found 7.0"),
@@ -50,7 +49,7 @@ def test_overrides_replace_the_recipe_and_the_recipe_the_defaults() -> None:
 )
 def test_a_wrong_value_is_refused_in_a_short_sentence(values: dict[str, Any], message: str) -> None:
     for recipe, overrides in ((values, {}), ({}, values)):
-        with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        with pytest.raises(InputError, match=rf"^{re.escape(message)}(?!.*the recipe is)"):
             resolve(PRIOR, recipe, overrides)
     with pytest.raises(InputError, match=rf"^{re.escape(message)}.* \(the recipe is mine.toml\)$"):
         resolve(PRIOR, values, {}, source=Path("mine.toml"))

@@ -9,8 +9,6 @@ from torch import nn
 from vqvae import distributed
 from vqvae.training.logs import RunLog
 
-Patch = pytest.MonkeyPatch
-
 
 def write(folder: Path, first_step: int, steps: list[int], offset: float = 0.0) -> None:
     with RunLog(folder, first_step) as log:
@@ -23,9 +21,8 @@ def logged(folder: Path) -> list[tuple[int, float]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(folder)).Reload()
     for name in ("loss/train", "lr"):
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [
-            (row["step"], row[name]) for row in rows
-        ]
+        curve = [(event.step, event.value) for event in events.Scalars(name)]
+        assert curve == [(row["step"], row[name]) for row in rows]
     return [(row["step"], row["loss/train"]) for row in rows]
 
 
@@ -43,16 +40,14 @@ def test_scalars_go_to_both_places_and_going_on_drops_those_of_its_first_step_an
     assert (folder / "resume.pt").read_bytes() == b"not a log"
 
 
-@pytest.mark.parametrize(
-    "damage", [b'{"step": 3, "loss', b'{"step": 2}', b'{"step": 2, "lo\n\xff\xfe\n[1]\n{"l": 1}\n']
-)
+@pytest.mark.parametrize("damage", [b'{"step": 3, "lo', b'{"step": 2}', b'{"step": 2, "l\n\xff\xfe\n[1]\n{"l": 1}\n'])
 def test_going_on_drops_lines_that_are_cut_short_or_damaged(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + damage)
     RunLog(tmp_path, 5).__exit__()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "loss": 1.0}\n'
 
 
-def test_all_is_on_disk_when_it_is_flushed_and_only_the_main_process_writes(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_flush_puts_all_on_disk_and_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         with RunLog(tmp_path / str(rank), 0) as log:
