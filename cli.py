@@ -27,13 +27,13 @@ RECIPES = Path(__file__).parent / "configs"
 DATA = Path("data")
 
 Config = Annotated[Path, Option(help="TOML recipe; flags override it, it overrides the defaults.")]
-RunFolder = Annotated[Path | None, Option(help="Gets weights and logs [default: the VQ-VAE's or checkpoints/<recipe>]")]
+RunFolder = Annotated[Path | None, Option(help="For weights and logs [default: the VQ-VAE's or checkpoints/<recipe>]")]
 DataFolder = Annotated[Path, Option(help="Where MNIST is, or is to be put.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: CUDA where there is a device.")]
 Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="The same seed gives the same result.")]
 Resume = Annotated[bool, Option("--resume", help="Go on with the run in the output folder.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the run in the output folder.")]
-Download = Annotated[bool, Option(" /--no-download", show_default=False, help="Use the data that is there, or stop.")]
+Download = Annotated[bool, Option(" /--no-download", show_default=False, help="Stop if data is missing.")]
 CodeDim = Annotated[int | None, Option("--hidden-size", help="Size of the latent vectors [default: the recipe's]")]
 NumCodes = Annotated[int | None, Option("--k", help="Number of codes [default: the recipe's]")]
 Beta = Annotated[float | None, Option(help="Weight of the commitment term, 0.1 to 2.0 [default: the recipe's]")]
@@ -56,7 +56,7 @@ NumSamples = Annotated[int, Option(min=1, help="How many images.")]
 Label = Annotated[int | None, Option(min=0, help="pixelcnn only: draw this class.")]
 Labels = Annotated[str | None, Option(help="pixelcnn only: draw these in turn, as 0-9 or 1,3,5 [default: any class]")]
 Guidance = Annotated[
-    float | None, Option(min=0, max=100, help="1: the prior; more: nearer the label [default: by validation]")
+    float | None, Option(min=0, max=100, help="How strongly labels are followed; 1: the prior itself.")
 ]
 Temperature = Annotated[float | None, Option(help="pixelcnn only: below 1 safer, above 1 wilder.")]
 TopK = Annotated[int | None, Option(min=1, help="pixelcnn only: draw among the k likeliest codes.")]
@@ -211,7 +211,7 @@ def sample(
         from prior.sampling import parse_labels
         from vqvae.distributed import is_main
 
-        chosen = parse_labels(labels) if labels is not None else None if label is None else [label]
+        chosen = [label] if label is not None else parse_labels(labels)
         pair = load_pair(vqvae, prior, device)
         print(f"weights: {pair.origin}")
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}

@@ -4,10 +4,13 @@ What a position needs of earlier ones is kept. The vertical stack runs once for 
 complete. The horizontal stack and the head run once for each position. The results equal those of `GatedLayer` in
 prior/model.py.
 
-With few maps the time goes into calls, not into arithmetic. So a layer makes four calls for a position. They read and
-write views that are made beforehand, and each writes to where the next one reads. A gate is one sigmoid over all of its
-features: those that go through tanh are multiplied by -2 in the weights (`scale`, which is exact), because
-tanh(f) = 1 - 2 sigmoid(-2 f).
+With few maps the time is spent on the overhead of calls, not on arithmetic. So a layer makes four calls for a position.
+They work on views that are made beforehand, and each writes to where the next one reads:
+
+    own.pairs[j] --h_product--> h_features of j --gate--> h_gated --h_out, + own.h[j]--> following.h[j]
+
+A gate is one sigmoid over all of its features: those that go through tanh are multiplied by -2 in the weights (`scale`,
+which is exact), because tanh(f) = 1 - 2 sigmoid(-2 f).
 """
 
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The prior's layers and products written for speed on a CPU. Each equals the plain form that its docstring names.
+"""The prior's layers and products, written for speed on a CPU. Each docstring names the plain form that it equals.
 
 Tensors are (B, C, H, W), as everywhere. In memory the channels come last, so that a convolution is one matrix product
 over windows and the windows need no transposition.
@@ -18,7 +18,7 @@ ONEDNN_FROM = 1_000_000  # multiplications from which a call of oneDNN pays
 
 
 class ConvAsLinear(nn.Conv2d):
-    """A convolution as a matrix product: `nn.Conv2d` over an input that is padded as given, of the same size out as in.
+    """A convolution as a matrix product: `nn.Conv2d` over a padded input, of the same size out as in.
 
     On a CPU this trains faster than a convolution, whose weights have a slow gradient. The weights keep a convolution's
     shape, so initialisation, weight decay and checkpoints treat them as such.
@@ -29,6 +29,7 @@ class ConvAsLinear(nn.Conv2d):
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int] = (1, 1)) -> None:
+        assert kernel in ((2, 3), (1, 2), (1, 1))
         super().__init__(channels_in, channels_out, kernel)
 
     @property
@@ -89,7 +90,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     batch, channels, height, width = x.shape
     words = torch.empty(batch, height, width, -(-channels // 4), dtype=torch.int64, device=x.device)
     bits = words.random_(-(2**63), None).view(torch.int16)[..., :channels].permute(0, 3, 1, 2)
-    kept = bits >= round((p - 0.5) * 2**16)
+    kept = bits >= round((p - 0.5) * 2**16)  # the bits are signed, so a share of 1 - p of them is kept
     return x * (kept / (1 - p)).to(x.dtype)
 
 

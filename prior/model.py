@@ -7,9 +7,9 @@ else. The input is shifted once, down for the vertical stack and right for the h
 may look at its own position, and the shapes of the kernels keep the order:
 
     vertical  (2, 3)    horizontal (1, 2)    x: may be seen, o: the position itself
-      x x x                                  Vertical features at (i, j) hold rows < i, horizontal ones those of row i
-      x o x                 x o              left of j. A 1x1 link goes from the vertical to the horizontal stack and
-                                             never back, so no position before (i, j) is hidden from it.
+      x x x                                  At (i, j) the vertical stack sees rows < i, and the horizontal one sees
+      x o x                 x o              row i left of j. A 1x1 link goes from the vertical to the horizontal stack
+                                             and never back, so there is no blind spot.
 
 Departures from the paper: the vertical stack has residual links too; codes enter through an embedding and leave through
 a softmax over K instead of over 256 intensities; the shift stands for the first layer's mask.
@@ -86,8 +86,8 @@ def shift_right(x: Tensor) -> Tensor:
 def layers_needed(map_shape: tuple[int, int]) -> int:
     """How many layers let each position of an (H, W) map see all codes before it.
 
-    Each layer sees one row further up and one column further to either side than the one before. The shifts bring the
-    row above and the column to the left before the first layer.
+    The vertical stack sees one row further up and one column further to either side with each layer, the horizontal one
+    a column further to the left. The shifts bring the row above and the column to the left before the first layer.
     """
     height, width = map_shape
     return max(width - 1 if height > 1 else width - 2, height - 2, 1)

@@ -175,10 +175,12 @@ class Pair:
             InputError: maps of another shape or dtype, or codes that do not exist.
         """
         shape, num_codes = self.vqvae.map_shape, self.vqvae.config.num_codes
-        if indices.shape[1:] != shape or indices.dtype != torch.int64:
+        if indices.shape[1:] != shape or len(indices) == 0 or indices.dtype != torch.int64:
             found = f"{indices.dtype} of shape {tuple(indices.shape)}"
-            raise InputError(f"expected maps torch.int64 of shape (N, {shape[0]}, {shape[1]}), found {found}")
-        if indices.numel() > 0 and not 0 <= int(indices.min()) <= int(indices.max()) < num_codes:
+            raise InputError(
+                f"expected maps torch.int64 of shape (N, {shape[0]}, {shape[1]}), at least one, found {found}"
+            )
+        if not 0 <= int(indices.min()) <= int(indices.max()) < num_codes:
             raise InputError(
                 f"expected codes in 0..{num_codes - 1}, found {int(indices.min())} to {int(indices.max())}"
             )
@@ -208,7 +210,7 @@ class Pair:
         return -nats_per_map(self.prior, indices, known)
 
     def label_probabilities(self, images: Tensor) -> Tensor:
-        """p(label | map) of each image's code map by Bayes' rule: (N, num_classes) float64.
+        """p(label | map) of each image's code map by Bayes' rule: (N, num_classes) float64, or (N, 1) without classes.
 
         Raises:
             InputError: images of another shape, or not in 0..1.
@@ -275,6 +277,8 @@ def load_pair(
 def _check_labels(labels: Tensor, num: int, num_classes: int) -> None:
     if len(labels) != num:
         raise InputError(f"expected {num} labels, one for each image, found {len(labels)}; give as many `labels`")
+    if num_classes == 0 and labels.any():
+        raise InputError("expected no labels, because the prior has no classes, found some; leave `labels` out")
     wrong = labels[(labels < 0) | (labels >= max(num_classes, 1))]
     if len(wrong) > 0:
         raise InputError(f"expected labels in 0..{num_classes - 1}, found {int(wrong[0])}; choose others by `labels`")

@@ -25,7 +25,7 @@ LogitsAt = Callable[[Tensor, int, int], Tensor]
 def plain_logits(prior: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], LogitsAt]:
     """`logits_for` of `sample_codes` by one full pass over the map for each position.
 
-    This is the reference that the faster `IncrementalLogits` is tested against.
+    This is the plain form of `IncrementalLogits`, which is tested against it.
     """
     return lambda labels: lambda indices, i, j: prior(indices, labels)[:, :, i, j]
 
@@ -157,12 +157,14 @@ def draw_labels(frequencies: Tensor, num: int, generator: torch.Generator) -> Te
     return invert_cumulative(frequencies.double().expand(num, -1).contiguous(), uniforms)
 
 
-def parse_labels(text: str) -> list[int]:
-    """Labels written as "7", "0-9", "1,3,5", or as a mixture of these.
+def parse_labels(text: str | None) -> list[int] | None:
+    """Labels written as "7", "0-9", "1,3,5", or as a mixture of these. None stays None.
 
     Raises:
         InputError: the text is not written so.
     """
+    if text is None:
+        return None
     labels: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)

@@ -25,21 +25,10 @@ from vqvae.training import loop
 MOMENTS = random.Random(1)
 RECIPE = (ROOT / "configs" / "mnist.toml").read_text()  # the default, made small
 RECIPE = RECIPE.replace("width = 64", "width = 8").replace("[prior]", "[prior]\nwidth = 8\ndropout = 0.1")
-KILLS, ASKS = [signal.SIGKILL] * 3, [signal.SIGINT, signal.SIGTERM]
-RUNS = {"straight vqvae": [], "straight prior": [], "killed vqvae": KILLS, "killed prior": KILLS, "asked vqvae": ASKS}
-
-
-def assert_same_run(straight: Path, parts: Path, stage: str) -> None:
-    """The same weights, resume state and curves, bit for bit."""
-    assert (parts / f"{stage}.safetensors").read_bytes() == (straight / f"{stage}.safetensors").read_bytes()
-    states = [load_resume_state(folder / stage / "resume.pt") for folder in (straight, parts)]
-    for state in states:
-        state["report"] = {name: value for name, value in state["report"].items() if "_per_s" not in name}
-    assert states[0].pop("settings") == states[1].pop("settings")
-    torch.testing.assert_close(*states, rtol=0, atol=0)
-    assert rows(parts / stage) == rows(straight / stage)
-    events = EventAccumulator(str(parts / stage)).Reload().Scalars("lr")
-    assert [event.step for event in events] == [row["step"] for row in rows(parts / stage)]
+SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM]
+RUNS = {
+    f"{name} {stage}": sent for name, sent in (("straight", []), ("halted", SIGNALS)) for stage in ("vqvae", "prior")
+}
 
 
 def work(arguments: list[object], output: Path) -> None:
@@ -59,7 +48,7 @@ def statuses(folder: Path, name: str, signals: list[int]) -> list[int]:
     (own / "recipe.toml").write_text(RECIPE)
     arguments = [f"train-{stage}", "--output-folder", own, "--config", own / "recipe.toml", "--data-folder", FIXTURE]
     arguments += ["--vqvae", folder / "straight vqvae" / "vqvae.safetensors"] if stage == "prior" else ["--k", 32]
-    arguments += ["--device", "cpu", "--batch-size", 32, "--num-epochs", 3]
+    arguments += ["--device", "cpu", "--batch-size", 32, "--num-epochs", 4]
     path = own / stage / "resume.pt"
     for number, sent in enumerate([*signals, None]):
         before, again = path.exists() and path.stat().st_mtime, "--resume" if path.exists() else "--overwrite"
@@ -89,24 +78,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vqvae", "prior"])
-def test_a_run_that_is_killed_three_times_and_resumed_equals_one_that_is_not(folder: Path, stage: str) -> None:
+def test_a_run_that_is_killed_and_asked_to_end_and_resumed_equals_one_that_is_not(folder: Path, stage: str) -> None:
     statuses = json.loads((folder / "statuses.json").read_text())
-    assert statuses[f"killed {stage}"] == [*(-number for number in KILLS), 0]
-    assert_same_run(folder / f"straight {stage}", folder / f"killed {stage}", stage)
-    name = "total/train" if stage == "vqvae" else "nats_per_code/train"
-    losses = [row[name] for row in rows(folder / f"straight {stage}" / stage) if name in row]
-    assert losses[-1] < 0.95 * losses[0]  # they learned something, and did not merely fail alike
-
-
-@pytest.mark.slow
-def test_a_run_that_is_asked_to_end_saves_says_how_to_go_on_and_exits_as_is_usual(folder: Path) -> None:
-    statuses, own = json.loads((folder / "statuses.json").read_text()), folder / "asked vqvae"
-    assert statuses[own.name] == [128 + signal.SIGINT, 128 + signal.SIGTERM, 0]
-    told = (own / "output.txt").read_text()
-    assert told.count(f"all of it is saved; go on with: python cli.py train-vqvae --output-folder '{own}'") == 2
-    assert "--num-epochs 3 --resume\n" in told
+    assert statuses[f"halted {stage}"] == [
+        -signal.SIGKILL,
+        128 + signal.SIGINT,
+        -signal.SIGKILL,
+        128 + signal.SIGTERM,
+        0,
+    ]
+    straight, halted = (folder / f"{name} {stage}" for name in ("straight", "halted"))
+    told = (halted / "output.txt").read_text()
+    assert told.count(f"all of it is saved; go on with: python cli.py train-{stage} --output-folder '{halted}'") == 2
+    assert "--num-epochs 4 --resume\n" in told
     assert "Traceback" not in told
-    assert_same_run(folder / "straight vqvae", own, "vqvae")
+    assert (halted / f"{stage}.safetensors").read_bytes() == (straight / f"{stage}.safetensors").read_bytes()
+    states = [load_resume_state(own / stage / "resume.pt") for own in (straight, halted)]
+    for state in states:
+        state["report"] = {name: value for name, value in state["report"].items() if "_per_s" not in name}
+    assert states[0].pop("settings") == states[1].pop("settings")
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    curves = rows(straight / stage)
+    assert rows(halted / stage) == curves
+    events = EventAccumulator(str(halted / stage)).Reload().Scalars("lr")
+    assert [event.step for event in events] == [row["step"] for row in curves]
+    name = "total/train" if stage == "vqvae" else "nats_per_code/train"
+    losses = [row[name] for row in curves if name in row]
+    assert losses[-1] < 0.95 * losses[0]  # they learned something, and did not merely fail alike
 
 
 if __name__ == "__main__":

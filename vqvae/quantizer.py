@@ -1,7 +1,7 @@
 """The vector-quantisation layer (arXiv:1711.00937, section 3), and the two ways in which its codebook learns."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqvae.distributed import all_gather, all_reduce_mean, all_reduce_sum, broadcast, rank, world_size
+from vqvae.errors import InputError
 
 CodebookLearning = Literal["gradient", "ema"]
 
@@ -41,12 +42,23 @@ class VectorQuantizer(nn.Module):
         num_codes: K, at least 1.
         code_dim: D.
         decay: weight of the past in the moving averages, in 0..1.
+    Raises:
+        InputError: another way to learn, or a number out of range.
     """
 
     def __init__(
         self, num_codes: int, code_dim: int, learning: CodebookLearning = "gradient", decay: float = 0.99
     ) -> None:
         super().__init__()
+        if learning not in get_args(CodebookLearning):
+            raise InputError(
+                f"expected a codebook that learns by gradient or ema, found {learning!r}; choose one of the two"
+            )
+        if num_codes < 1 or code_dim < 1 or not 0 <= decay <= 1:
+            raise InputError(
+                f"expected at least one code of one dimension and a decay in 0..1, found {num_codes} codes of "
+                f"{code_dim} dimensions and a decay of {decay:g}; choose others"
+            )
         self.num_codes, self.code_dim, self.learning, self.decay = num_codes, code_dim, learning, decay
         codebook = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes)
         if learning == "gradient":

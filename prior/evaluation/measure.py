@@ -3,7 +3,7 @@
 code maps --decoder--> sets of images --classifier--> features --metrics--> a row of figures for each set
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -64,6 +64,7 @@ def evaluate_pair(
     guidance: float | None = None,
     seed: int = 0,
     accuracy_score: bool = False,
+    save: Callable[[Evaluation], object] = lambda evaluation: None,
 ) -> Evaluation:
     """Measure a VQ-VAE and its prior on a dataset.
 
@@ -73,6 +74,7 @@ def evaluate_pair(
         num_samples: images in each set, at least 100. None takes as many as the split has.
         guidance: of samples with labels. None stands for `sampling.GUIDANCE`.
         accuracy_score: also measure the classification accuracy score, which trains two classifiers.
+        save: called with all other figures before these classifiers are trained.
     Raises:
         InputError: an argument is out of range, the classifier's file is missing or damaged, or the dataset is not of
             the kind that the models have learned.
@@ -102,6 +104,7 @@ def evaluate_pair(
         "classifier": classifier_header.fingerprint,
     }
     if accuracy_score:
+        save(evaluation)
         samples = evaluation.labelled_samples
         scores = classification_accuracy_score(
             samples, dataset.train, splits[split], pair.info, seed, pair.vqvae.device

@@ -24,7 +24,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     Args:
         real, fake: (N, F) and (M, F) features; m and C are their means and covariances.
     Returns:
-        at least 0; 0 where means and covariances are the same.
+        0 up to rounding where means and covariances are the same, and more elsewhere.
     """
     real, fake = real.double(), fake.double()
     covariance_real, covariance_fake = real.T.cov(), fake.T.cov()

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,8 +83,9 @@ def evaluate_and_report(pair: Pair, classifier_file: Path, dataset: Dataset, fol
         InputError: an option is out of range, a file is missing or damaged, or the folder can't be written.
     """
     make_folder(folder)  # before the measuring, which takes minutes
-    evaluation = evaluate_pair(pair, classifier_file, dataset, **options)
-    write_report(evaluation, folder)
+    save = partial(write_report, folder=folder)
+    evaluation = evaluate_pair(pair, classifier_file, dataset, save=save, **options)
+    save(evaluation)
     return tables_as_text(evaluation)
 
 

@@ -134,7 +134,7 @@ def _memorisation(figures: dict[str, Any]) -> Rows:
         [
             "to the nearest training image (rms over pixels)",
             "distance",
-            "p: no closer than held-out images",
+            "p, test for lying closer than held-out images",
             "same map",
         ],
         ["held-out images", f"{distance['real']:.4f}", "", str(figures["copied_maps_real"])],

@@ -48,11 +48,16 @@ def many(folder: Path, request: pytest.FixtureRequest) -> list[Found]:
     return [torch.load(folder / str(request.param) / f"{rank}.pt") for rank in range(request.param)]
 
 
-def test_uneven_shares_of_batches_train_as_whole_ones_do(folder: Path, alone: Found, many: list[Found]) -> None:
+def test_uneven_shares_train_as_whole_batches_and_a_signal_to_one_stops_all(
+    folder: Path, alone: Found, many: list[Found]
+) -> None:
     for found in many:
         torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
     expected = [pytest.approx(row, rel=1e-9) for row in ranks.rows(folder / "1" / "line")]
     assert ranks.rows(folder / str(len(many)) / "line") == expected
+    assert {(len(before), len(after)) for before, after in (found["drawn"] for found in many)} == {(2, 4)}
+    assert many[0]["drawn"] == alone["drawn"]  # and each has a randomness of its own
+    assert len({*chain(*chain(*(found["drawn"] for found in many)))}) == len(many) * 6
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "prior"])
@@ -61,12 +66,6 @@ def test_both_stages_come_to_the_weights_of_one_process(folder: Path, many: list
     weights = [load_file(own / f"{stage}.safetensors") for own in (several, one)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-5)
     assert ranks.rows(several / stage) == [pytest.approx(row, rel=1e-4) for row in ranks.rows(one / stage)]
-
-
-def test_a_signal_to_one_stops_all_and_each_has_a_randomness_of_its_own(alone: Found, many: list[Found]) -> None:
-    assert {(len(before), len(after)) for before, after in (found["drawn"] for found in many)} == {(2, 4)}
-    assert many[0]["drawn"] == alone["drawn"]
-    assert len({*chain(*chain(*(found["drawn"] for found in many)))}) == len(many) * 6
 
 
 @pytest.mark.slow
@@ -78,12 +77,17 @@ def test_a_run_of_several_processes_goes_on_with_one(folder: Path, tmp_path: Pat
     torch.testing.assert_close(*(line.model.weight for line in lines), rtol=1e-9, atol=1e-9)
 
 
-def test_only_the_main_process_writes_and_prints(folder: Path, alone: Found, many: list[Found]) -> None:
+def test_only_the_main_process_writes_and_prints_and_it_is_waited_for(
+    folder: Path, alone: Found, many: list[Found]
+) -> None:
     assert [found["files"] for found in many] == [alone["files"]] + [[]] * (len(many) - 1)
     assert {"vqvae.safetensors", "prior/resume.pt", "prior/metrics.jsonl"} <= {*alone["files"]}
     printed = [(folder / str(len(many)) / f"{rank}.txt").read_text() for rank in range(len(many))]
     assert printed[0].startswith("epoch 1")
     assert printed[1:] == [""] * (len(many) - 1)
+    assert all(found["waited"] for found in many)
+    assert min(found["inside"] for found in many) > 0 or not Path("/proc").is_dir()
+    assert {found["after"] for found in many} == {0}  # no thread outlives the group
 
 
 def test_figures_and_samples_are_exactly_those_of_one_process(alone: Found, many: list[Found]) -> None:
@@ -99,12 +103,6 @@ def test_all_have_the_codebook_and_the_prediction_gradient_of_one(alone: Found, 
         torch.testing.assert_close(many[0]["codebook"][name], expected, rtol=1e-4, atol=1e-5)
     assert alone["gradient"].abs().max() > 1e-4
     torch.testing.assert_close(many[0]["gradient"], alone["gradient"], rtol=1e-4, atol=1e-7)
-
-
-def test_the_main_process_is_waited_for_and_no_thread_outlives_the_group(many: list[Found]) -> None:
-    assert all(found["waited"] for found in many)
-    assert min(found["inside"] for found in many) > 0 or not Path("/proc").is_dir()
-    assert {found["after"] for found in many} == {0}
 
 
 @pytest.mark.slow

@@ -103,15 +103,6 @@ def test_the_codebook_term_moves_the_codebook_only_and_the_commitment_term_the_e
         assert [part.any() for part in found] == [at_codebook.any(), at_z_e.any()]  # zero exactly
 
 
-@both_ways
-def test_the_gradient_at_z_q_reaches_z_e_unchanged_and_the_codebook_not_at_all(learning: str) -> None:
-    layer, z_e = make_layer(learning), random_latents(2, 4, 3, 5).requires_grad_()
-    towards = random_latents(2, 4, 3, 5, seed=9)
-    layer(z_e).z_q.backward(towards)
-    assert torch.equal(z_e.grad, towards)
-    assert layer.codebook.grad is None or not layer.codebook.grad.any()
-
-
 def test_a_learned_codebook_is_a_parameter_and_an_averaged_one_is_a_buffer() -> None:
     torch.manual_seed(0)
     learned, averaged = VectorQuantizer(100, 4), VectorQuantizer(100, 4, "ema")

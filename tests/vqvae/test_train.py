@@ -1,9 +1,6 @@
 """Stage one's training: the loss terms, the evaluation, a run on the fixture, and the public names."""
 
-import json
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +15,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import vqvae
-from tests.helpers import CPU, FIXTURE, ROOT, SHIPPED, make_dataset, mnist
+from tests.helpers import CPU, FIXTURE, SHIPPED, make_dataset, mnist
+from tests.ranks import rows
 from vqvae import quantizer, train
 from vqvae.data.dataset import Split, digest
 from vqvae.errors import InputError
@@ -126,12 +124,6 @@ def run(folder: Path, num_epochs: int = 3, resume: bool = False, **changes: Any)
         return train_vqvae(CONFIG, training, output_folder=folder, overwrite=bool(changes), **options)
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, without the speed, in which two equal runs differ."""
-    lines = (folder / "vqvae" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
-
-
 def resume_state(folder: Path) -> dict[str, Any]:
     return checkpoint.load_resume_state(folder / "vqvae" / "resume.pt")
 
@@ -147,8 +139,8 @@ def test_training_lowers_the_error_and_writes_what_it_was(finished: Finished) ->
     folder, _ = finished
     names = sorted(path.name[:9] for path in folder.rglob("*.*"))
     assert names == [".lock", "events.ou", "metrics.j", "resume.pt", "vqvae.saf"]
-    assert [row["step"] for row in rows(folder)] == [5, 7, 10, 14, 15, 20, 21]
-    first, _, last = (row for row in rows(folder) if "epoch" in row)
+    assert [row["step"] for row in rows(folder / "vqvae")] == [5, 7, 10, 14, 15, 20, 21]
+    first, _, last = (row for row in rows(folder / "vqvae") if "epoch" in row)
     assert last["squared_error/validation"] < 0.9 * first["squared_error/validation"]
     assert last["prediction/train"] < 0.95 * first["prediction/train"]
     model, header = load_vqvae(folder / "vqvae.safetensors", CPU)
@@ -165,7 +157,9 @@ def test_only_the_best_weights_see_the_test_split_and_only_at_the_end(tmp_path: 
     monkeypatch.setattr(VQVAETask, "evaluate", lambda task: {**evaluate(task), "squared_error": next(errors)})
     dataset = replace(mnist(), load_test=lambda: loads.append(resume_state(tmp_path)["step"]) or test)
     monkeypatch.setattr(train, "load_mnist", lambda *arguments: loads.append(arguments) or dataset)
-    figures = run(tmp_path)
+    with patch.object(train, "fit", wraps=fit) as fitted:
+        figures = run(tmp_path)
+    assert fitted.call_args.args[2].seed == 3
     assert loads == [(FIXTURE, False), 3 * STEPS]
     best, header = load_vqvae(tmp_path / "vqvae.safetensors", CPU)
     last = make_model("ema")
@@ -176,19 +170,6 @@ def test_only_the_best_weights_see_the_test_split_and_only_at_the_end(tmp_path: 
     assert figures != pytest.approx(evaluate_vqvae(last, test, SETTINGS))
 
 
-def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(tmp_path: Path, finished: Finished) -> None:
-    run(tmp_path, 1)
-    torch.manual_seed(12345)  # what a program did before does not matter
-    draws = patch.object(quantizer, "_draw_rows", wraps=quantizer._draw_rows)
-    with draws as draw, patch.object(train, "fit", wraps=fit) as fitted:
-        assert run(tmp_path, resume=True) == finished[1]
-    assert (draw.called, fitted.call_args.args[2].seed) == (True, 3)  # codes restarted
-    for part in ("model", "optimizer", "averages", "best"):
-        assert_close(resume_state(tmp_path)[part], resume_state(finished[0])[part], rtol=0, atol=0)
-    assert (tmp_path / "vqvae.safetensors").read_bytes() == (finished[0] / "vqvae.safetensors").read_bytes()
-    assert rows(tmp_path) == rows(finished[0])
-
-
 def test_a_run_is_not_resumed_with_other_data(tmp_path: Path, monkeypatch: Patch, finished: Finished) -> None:
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     other = replace(mnist(), train=Split(mnist().train.images.flip(0), mnist().train.labels))
@@ -196,7 +177,7 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path: Path, monkeypatch: Patch
     with pytest.raises(InputError, match=r"data = '[0-9a-f]{64}', found data = '"):
         run(tmp_path, 4, resume=True)
     run(tmp_path, 1, prediction_weight=0.0)  # overwrites
-    assert not any("prediction" in name for row in rows(tmp_path) for name in row)
+    assert not any("prediction" in name for row in rows(tmp_path / "vqvae") for name in row)
     assert len(resume_state(tmp_path)["model"]) == len(VQVAE(CONFIG, (1, 28, 28)).state_dict())
 
 
@@ -222,12 +203,7 @@ def test_tensorboard_has_scalars_pictures_and_the_graph(finished: Finished) -> N
     assert (original.width, original.height, events.Tags()["graph"]) == (302, 122, True)  # forty digits
 
 
-def test_the_public_names_are_there_and_load_gives_a_trained_model(finished: Finished, monkeypatch: Patch) -> None:
-    code = "import sys, vqvae; vqvae.InputError; assert 'torch' not in sys.modules"  # they cost nothing before
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert [getattr(vqvae, name).__name__ for name in vqvae.__all__] == vqvae.__all__
-    with pytest.raises(AttributeError, match="'vqvae' has no attribute 'Nothing'"):
-        _ = vqvae.Nothing
+def test_load_gives_a_trained_model(finished: Finished, monkeypatch: Patch) -> None:
     monkeypatch.chdir(finished[0])  # where there are no runs of the user's
     shipped, own = vqvae.load(), vqvae.load("vqvae.safetensors", device="cpu")
     assert (shipped.config, own.config) == (load_vqvae(SHIPPED / "vqvae.safetensors", CPU)[0].config, CONFIG)

@@ -41,12 +41,14 @@ def from_unit_range(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor
         raise InputError(
             f"expected images of shape (N, {expected}), found {tuple(images.shape)}; resize or convert them first"
         )
+    if len(images) == 0:
+        raise InputError("expected at least one image, found none; give one")
     if not images.is_floating_point():
         raise InputError(f"expected images of floating-point values in 0..1, found {images.dtype}; divide bytes by 255")
     images = images.float()
     if images.isnan().any():
         raise InputError("expected images with values in 0..1, found values that are NaN; remove them first")
-    if images.numel() > 0 and not (images.min() >= 0 and images.max() <= 1):
+    if not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
             f"expected images with values in 0..1, found values from {images.min():g} to {images.max():g}; "
             f"scale them to 0..1 first"

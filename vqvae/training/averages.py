@@ -12,7 +12,7 @@ from vqvae.distributed import all_gather
 class MetricAverager:
     """Averages of named scalars over samples. Values stay on their device until somebody asks for them.
 
-    The sums are exact (math.fsum), so they do not depend on how the samples were split among processes.
+    The sums are exact (math.fsum), so they do not depend on how whole batches were dealt to the processes.
 
     Args:
         state: what an earlier averager's `gather` gave, to go on from.

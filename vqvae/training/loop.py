@@ -3,9 +3,10 @@
 A task says what is trained: a model, its data, its loss, its evaluation and what to show. A run says where and how:
 a folder, a seed, and whether to resume.
 
-Everything random in a step is a function of (seed, epoch, step). The batch order comes from a generator of its own.
-The global generator (dropout, label dropout, codebook restarts) is seeded anew before every step. So resuming needs
-the step count, the weights, the optimiser's state and the averages of the epoch so far, and nothing else.
+Everything random in a step is a function of (seed, epoch, step), and dropout also of the process's rank. The batch
+order comes from a generator of its own. The global generator (dropout, label dropout, codebook restarts) is seeded anew
+before every step. So resuming needs the step count, the weights, the optimiser's state and the averages of the epoch so
+far, and nothing else.
 
 Within an epoch the order is: train, evaluate, save, and only then log, print and draw. What was computed is on disk
 before anything that could fail for the sake of showing it.
@@ -71,12 +72,12 @@ class Run:
 
     folder: Path  # gets `resume.pt`, TensorBoard's events and `metrics.jsonl`
     seed: int
-    settings: Mapping[str, Any]  # all that the result depends on; a resumed run must have the same
+    settings: Mapping[str, Any]  # all that the result depends on; a resumed run must have the same, but for num_epochs
     resume: bool = False  # go on from `resume.pt`; the result equals that of a run never stopped
 
 
 def fit(task: Task, training: Training, run: Run) -> None:
-    """Train, and evaluate after every epoch. Save then, once a minute, and when a signal asks for the end.
+    """Train, and evaluate after every epoch. The run is saved after every epoch, every minute, and when a signal comes.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came. All that was done is saved.
@@ -106,14 +107,14 @@ class _Loop:
 
     def train(self) -> None:
         with self.log, self.bar, catch_signals() as request:
-            self.publish(self.saved_report)  # the log has dropped it, or it was killed before it was logged
+            self.publish(self.saved_report)  # the log has dropped it, or the run was killed before it was logged
             for epoch in range(self.step // self.epoch_steps, self.training.num_epochs):
                 self.bar.set_description(f"epoch {epoch + 1}/{self.training.num_epochs}")
                 first_step, started_s = self.step, time.perf_counter()
                 self.train_epoch(epoch, request)
-                share = (self.step - first_step) / self.epoch_steps
-                per_s = share * self.num_samples / (time.perf_counter() - started_s)
-                self.finish_epoch(epoch, per_s)
+                fraction = (self.step - first_step) / self.epoch_steps
+                samples_per_s = fraction * self.num_samples / (time.perf_counter() - started_s)
+                self.finish_epoch(epoch, samples_per_s)
                 (stop,) = any_rank(request.signal is not None)
                 if stop and epoch + 1 < self.training.num_epochs:
                     raise Interrupted(request.signal or SIGTERM, self.step)
@@ -151,7 +152,8 @@ class _Loop:
         seed_globally(derive_seed(self.run.seed, "step", i))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, i / self.total_steps)
-        rows = order[i % self.epoch_steps * batch_size :][:batch_size]
+        start = (i % self.epoch_steps) * batch_size
+        rows = order[start : start + batch_size]
         batch = self.task.prepare(*(tensor[rows] for tensor in self.task.data))
         if rank() > 0:
             seed_globally(derive_seed(self.run.seed, "step", i, rank()))  # each process has dropout of its own
@@ -166,7 +168,7 @@ class _Loop:
         self.averager.add(losses, num)
         self.step += 1
 
-    def finish_epoch(self, epoch: int, per_s: float) -> None:
+    def finish_epoch(self, epoch: int, samples_per_s: float) -> None:
         """Evaluate, save, and only then log, print and draw."""
         self.read_losses()
         figures, best_by = self.task.evaluate(), self.task.best_by
@@ -176,7 +178,7 @@ class _Loop:
         report = {f"{name}/train": value for name, value in self.averager.averages().items()}
         report |= {f"{name}/validation": value for name, value in figures.items()}
         rate = learning_rate(self.training, (self.step - 1) / self.total_steps)
-        report |= {"lr": rate, f"{self.task.unit}_per_s": per_s, "epoch": epoch + 1}
+        report |= {"lr": rate, f"{self.task.unit}_per_s": samples_per_s, "epoch": epoch + 1}
         if figures[best_by] < self.best:
             self.best = figures[best_by]
             self.task.save_best(figures)
@@ -212,7 +214,7 @@ class _Loop:
         return self.last_losses
 
     def save(self, report: dict[str, float]) -> None:
-        """Save all that resuming needs, if the weights are finite.
+        """Save all that resuming needs.
 
         Args:
             report: what is published for this step after the save. It is saved too, so a kill in between loses none.

@@ -44,9 +44,7 @@ def test_each_image_is_rotated_scaled_and_shifted_by_its_own_draws_before_the_ba
 
 
 @pytest.mark.parametrize("batch", [1, 4, 22, 500])
-def test_the_loss_is_of_augmented_images_and_figures_are_of_each_image_as_it_is(
-    batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_augments_images_and_the_figures_do_not(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def by_hand(x: Tensor) -> float:
         with torch.no_grad():
             rows = model(x).double().numpy()
@@ -75,9 +73,7 @@ def train(folder: Path, num_epochs: int, **options: Any) -> dict[str, float]:
         return training.train_classifier(ClassifierConfig(4), settings, **{**common, **options})
 
 
-def test_the_best_epoch_on_validation_is_kept_and_the_test_split_is_read_once_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_epoch_is_kept_and_then_tested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted, asked, seen = iter([3.0, 1.0, 2.0, 0.5]), [], []
 
     def figures_by_script(model: Classifier, split: Split) -> dict[str, float]:
@@ -108,9 +104,7 @@ def test_training_on_labelled_images_is_worth_what_their_labels_are(monkeypatch:
     assert score((data.train.labels + 1) % 10) < 0.15
 
 
-def test_the_loop_gets_the_seed_and_only_what_it_may_see_and_the_first_epoch_draws_the_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loop_gets_the_seed_and_what_it_may_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, graphs, given = [], [], []
     monkeypatch.setattr(training, "fit", lambda task, _, run: (calls.append((task, run)), task.save_best({})))
     monkeypatch.setattr(training, "run_lock", lambda *arguments: (given.append(arguments), nullcontext())[1])

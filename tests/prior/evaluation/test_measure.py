@@ -180,9 +180,7 @@ def test_arguments_out_of_range_are_refused() -> None:
             evaluate(**options)
 
 
-def test_a_pair_is_measured_on_all_of_test_which_is_not_read_to_choose_by_validation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recorded(*arguments: Any, **options: Any) -> measure.Evaluation:
         calls.append((list(arguments[4]), options))
         return measure.Evaluation({"origin": {}}, [], samples, *[torch.zeros(0)] * 4)
@@ -197,10 +195,12 @@ def test_a_pair_is_measured_on_all_of_test_which_is_not_read_to_choose_by_valida
     header = helpers.save_model(file, make_classifier(), "classifier", pair.info)
     monkeypatch.setattr(measure, "evaluate", recorded)
     monkeypatch.setattr(measure, "accuracy_after_training_on", lambda *given: scored.append(given) or len(scored))
-    result = measure.evaluate_pair(pair, file, data, accuracy_score=True, seed=5).figures
+    saved: list[int] = []  # how many classifiers were trained before the other figures were saved
+    options = {"seed": 5, "save": lambda evaluation: saved.append(len(scored))}
+    result = measure.evaluate_pair(pair, file, data, accuracy_score=True, **options).figures
     prints = {"vqvae": pair.vqvae_header, "prior": pair.prior_header, "classifier": header}
     assert result["origin"] == {stage: part.fingerprint for stage, part in prints.items()}
-    assert result["classification_accuracy_score"] == {"samples": 1, "real": 2}
+    assert (result["classification_accuracy_score"], saved) == ({"samples": 1, "real": 2}, [0])
     for source, (split, measured, _, *rest) in zip((make_split(100), data.train), scored, strict=True):
         assert all(map(torch.equal, split, source.first(100)))  # as many of both
         assert (len(measured.labels), *rest) == (120, ClassifierTraining(), 5)
@@ -210,9 +210,6 @@ def test_a_pair_is_measured_on_all_of_test_which_is_not_read_to_choose_by_valida
         (["train", "validation"], {"num_samples": 7, "seed": 2, "guidance": 3}),
     ]
     other = replace(unread, info=make_info(num_classes=0))
-    for refused, split, message in (
-        (unread, "train", "to be validation or test"),
-        (other, "test", "like those of made"),
-    ):
+    for data, split, message in ((unread, "train", "validation or test"), (other, "test", "like those of made")):
         with pytest.raises(InputError, match=message):
-            measure.evaluate_pair(pair, file, refused, split=split)
+            measure.evaluate_pair(pair, file, data, split=split)

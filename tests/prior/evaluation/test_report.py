@@ -78,9 +78,7 @@ def test_the_pictures_show_the_first_images_of_each_set_and_the_closest_pairs_an
     assert [Image.open(io.BytesIO(drawn[name].png)).size for name in PICTURES[3:]] == [(800, 350)] * 2
 
 
-def test_every_file_is_written_whole_and_the_numbers_are_kept_where_a_picture_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_numbers_outlive_a_failing_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(report, "write_atomically", lambda path, content: written.append(path.name))
     report.write_report(make_evaluation(), tmp_path)
@@ -90,6 +88,10 @@ def test_every_file_is_written_whole_and_the_numbers_are_kept_where_a_picture_fa
     with pytest.raises(ZeroDivisionError):
         report.write_report(make_evaluation(), tmp_path)
     assert written[len(PICTURES) + 4 :] == TEXTS
+    monkeypatch.setattr(report, "evaluate_pair", lambda *_, save, **__: (save(make_evaluation()), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        report.evaluate_and_report(None, None, None, tmp_path)
+    assert written[len(PICTURES) + 7 :] == TEXTS  # what was measured is kept where training a classifier fails
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(InputError, match=r"expected to write .*file"):
         report.evaluate_and_report(None, None, None, tmp_path / "file")  # is told before anything is measured

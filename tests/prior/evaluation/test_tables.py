@@ -54,7 +54,7 @@ Held-out maps, label unknown to the prior
 maps|nats per code|label by Bayes' rule, accuracy
 100|2.447|0.9877
 Memorisation
-to the nearest training image (rms over pixels)|distance|p: no closer than held-out images|same map
+to the nearest training image (rms over pixels)|distance|p, test for lying closer than held-out images|same map
 held-out images|0.1511||23
 their reconstructions|0.1422|0.0321|23
 samples|0.1633|0.751 (their reconstructions: 1.23e-05)|17

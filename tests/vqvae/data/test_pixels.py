@@ -24,7 +24,7 @@ def test_bytes_come_back_from_the_models_range_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("num", [5, 0])
+@pytest.mark.parametrize("num", [5, 1])
 def test_a_callers_images_of_any_floating_type_and_number_are_taken(dtype: torch.dtype, num: int) -> None:
     images = torch.linspace(0, 1, 24, dtype=dtype).reshape(1, 3, 2, 4).repeat(num, 1, 1, 1)
     assert_close(from_unit_range(images, (3, 2, 4)), images.float() * 2 - 1)
@@ -35,13 +35,14 @@ def test_a_callers_images_of_any_floating_type_and_number_are_taken(dtype: torch
     [
         (np.zeros((5, 3, 2, 4)), "expected a tensor of images, found ndarray"),
         (torch.zeros(5, 2, 4), r"expected images of shape \(N, 3, 2, 4\), found \(5, 2, 4\)"),
+        (torch.zeros(0, 3, 2, 4), "expected at least one image, found none"),
         (torch.zeros(5, 3, 4, 2), r"expected images of shape \(N, 3, 2, 4\), found \(5, 3, 4, 2\)"),
         (torch.zeros(5, 3, 2, 4, dtype=torch.uint8), "of floating-point values in 0..1, found torch.uint8; divide"),
         (torch.full((5, 3, 2, 4), torch.nan), "values in 0..1, found values that are NaN"),
         (torch.full((5, 3, 2, 4), -0.01), "values in 0..1, found values from -0.01 to -0.01"),
         (torch.full((5, 3, 2, 4), 1.01), "values in 0..1, found values from 1.01 to 1.01"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_images_of_another_shape_type_or_range_are_refused(images: torch.Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
