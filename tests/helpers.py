@@ -55,12 +55,13 @@ def make_dataset(num: int = 60, image_shape: tuple[int, int, int] = (1, 28, 28),
 
 
 def make_vqvae(image_shape: tuple[int, int, int] = (1, 28, 28), seed: int = 0, **config: Any) -> VQVAE:
-    """A small VQ-VAE in eval mode: 4 dimensions, 16 codes, an EMA codebook spread as wide as the encoder's output."""
+    """A small VQ-VAE in eval mode: 4 dimensions, 16 codes, an EMA codebook of vectors from its encoder."""
     torch.manual_seed(seed)
     small = {"code_dim": 4, "num_codes": 16, "width": 8, "num_encoder_blocks": 1, "num_decoder_blocks": 1}
     model = VQVAE(VQVAEConfig(**{**small, "codebook_learning": "ema", **config}), image_shape)
     with torch.no_grad():
-        model.quantizer.codebook.normal_()
+        some = torch.rand(model.config.num_codes, *image_shape) * 2 - 1
+        model.quantizer.codebook.copy_(model.encode_continuous(some)[:, :, 0, 0])
         if model.config.codebook_learning == "ema":
             model.quantizer.sums.copy_(model.quantizer.codebook)
             model.quantizer.initialised.fill_(True)

@@ -270,10 +270,12 @@ def test_each_flag_of_a_training_command_arrives_over_the_recipe_and_the_recipe_
             assert list(arguments_of(function, f"{command} {option}", *flag)[0]) == changed != expected
 
 
-def test_the_flags_of_compare_reach_its_function() -> None:
+def test_the_flags_of_compare_reach_its_function_and_seeds_are_0_by_default() -> None:
     for options, given in (("", (None, 0)), ("--num-samples 20 --seed 7", (20, 7))):
         (found, _), named = arguments_of("prior.evaluation.comparison.compare_modes", f"compare {options}")
         assert (found.files, *named.values()) == ((VQVAE, PRIOR), *given)
+    assert arguments_of("vqvae.gaussian.draw_gaussian", "sample --mode gaussian")[0][1:] == ("latent", 100, 0)
+    assert arguments_of("prior.pair.Pair.draw", "sample --mode pixelcnn")[1]["seed"] == 0
 
 
 @pytest.mark.parametrize("labels", ["", "--label 3", "--labels 0-9"])

@@ -59,6 +59,8 @@ def test_dropout_zeroes_its_share_everywhere_alike_and_keeps_the_mean(dtype: tor
 @torch.no_grad()
 def test_an_added_product_is_the_same_by_any_library(num: int, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "processor_has", lambda *_: avx512)  # oneDNN computes the same on any processor
+    if avx512 and num * 8 * 24 > ONEDNN_FROM:
+        monkeypatch.delattr(torch, "addmm")
     torch.manual_seed(0)
     x, weight, y, bias = torch.randn(num, 8), torch.randn(24, 8), torch.randn(num, 24), torch.randn(24)
     product, expected = AddedProduct(weight), x.double() @ weight.T.double()

@@ -205,10 +205,10 @@ def test_top_k_and_then_top_p_keep_the_codes_that_they_name(top_k: int | None, t
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_kept", [1, 2, 3])
-def test_top_p_stops_where_the_mass_is_reached_exactly(num_kept: int) -> None:
-    found = adjust(torch.zeros(1, 4), 1.0, None, num_kept / 4)  # quarters add up exactly
-    assert found.tolist() == [[1 / num_kept] * num_kept + [0.0] * (4 - num_kept)]
+@pytest.mark.parametrize("num_kept", [1, 128, 384])
+def test_top_p_stops_where_the_mass_is_reached_exactly_and_ties_go_to_lower_codes(num_kept: int) -> None:
+    found = adjust(torch.zeros(1, 512), 1.0, None, num_kept / 512)  # these shares add up exactly
+    assert found.tolist() == [[1 / num_kept] * num_kept + [0.0] * (512 - num_kept)]
 
 
 def test_drawing_inverts_the_cumulative_distribution_and_never_takes_an_impossible_code() -> None:

@@ -43,14 +43,13 @@ def test_each_image_is_rotated_scaled_and_shifted_by_its_own_draws_before_the_ba
     assert (augment(-torch.ones(300, 3, 20, 36)) == -1).all()
 
 
-@pytest.mark.parametrize("batch", [1, 4, 22, 500])
-def test_the_loss_augments_images_and_the_figures_do_not(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_augments_images_and_the_figures_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_hand(x: Tensor) -> float:
         with torch.no_grad():
             rows = model(x).double().numpy()
         return np.mean([np.log(np.exp(row).sum()) - row[label] for row, label in zip(rows, split.labels, strict=True)])
 
-    monkeypatch.setattr(training, "EVALUATION_BATCH", batch)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 22)  # and then one more image, which weighs as much as any
     monkeypatch.setattr(training, "augment", lambda x: -x)  # stands in, and shows that it was asked
     model, split = make_classifier(), make_split(23)
     task, x = ClassifierTask(model, split, split), split.images.float() / 127.5 - 1
@@ -130,8 +129,6 @@ def test_the_loop_gets_the_seed_and_what_it_may_see(tmp_path: Path, monkeypatch:
 
 
 def test_what_cannot_be_trained_is_refused_before_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="expected `device`"):
-        train(tmp_path, 1, device="abacus")
     for num_classes in (0, 1):
         info = make_info(num_classes=num_classes)
         with pytest.raises(InputError, match=f"at least 2 classes to train a classifier on, found {num_classes} in"):

@@ -13,8 +13,9 @@ from prior.likelihood import nats_per_map
 from prior.pair import draw_maps
 from prior.sampling import GUIDANCE, draw_labels
 from tests.helpers import make_dataset, make_split, save_pair
+from tests.prior.evaluation.test_metrics import all_distances
+from tests.prior.evaluation.test_sets import seeded
 from vqvae.codec import decode_images
-from vqvae.compute import derive_seed
 from vqvae.data.dataset import Dataset, Split
 from vqvae.errors import InputError
 
@@ -27,28 +28,25 @@ def make_data(num_classes: int = 10, num_test: int = 60) -> Dataset:
     return replace(make_dataset(30, SHAPES[num_classes], num_classes), load_test=lambda: Split(images, labels.flip(0)))
 
 
-def seeded(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_seed(4, name))
-
-
 @pytest.mark.parametrize("num_classes", SHAPES)
-def test_every_mode_has_its_own_images_and_its_figures_equal_brute_force(num_classes: int, tmp_path: Path) -> None:
+def test_every_mode_has_its_images_and_figures_and_is_in_the_table_and_the_files(num_classes: int, tmp_path: Path) -> None:
     pair, data = save_pair(tmp_path, SHAPES[num_classes], num_classes), make_data(num_classes)
-    columns, frequencies = max(num_classes, 1), pair.info.class_frequencies
+    test, frequencies, columns = data.load_test(), pair.info.class_frequencies, num_classes or 10
     num = 2 * columns
-    modes = {mode.name: mode for mode in compare_modes(pair, data, num_samples=num, seed=4)}
+    found = compare_modes(pair, data, num_samples=num, seed=4)
+    modes = {mode.name: mode for mode in found}
     assert list(modes) == NAMES[: 6 if num_classes else 5]
-    test, reference = data.load_test(), data.validation.images.double().flatten(1).numpy() / 255
-    rows = [[n for n in range(60) if test.labels[n] == label][turn] for turn in range(2) for label in range(columns)]
+    of_class = [[n for n in range(60) if test.labels[n] == label] for label in range(max(num_classes, 1))]
+    rows = [rows[turn] for turn in range(num // len(of_class)) for rows in of_class]
     assert torch.allclose(modes["real"].images, test.images[rows] / 255, atol=1e-6)
     assert torch.equal(modes["real"].indices, modes["reconstructed"].indices)
     none, asked = torch.full((num,), -1), torch.arange(num) % columns
     expected = dict.fromkeys(NAMES, none)
     if num_classes:
-        drawn = draw_labels(frequencies, num, seeded("labels"))
+        drawn = draw_labels(frequencies, num, seeded(4, "labels"))
         expected = dict(zip(NAMES, (asked, asked, none, none, asked, drawn), strict=True))
         for name in NAMES[4:]:
-            maps = draw_maps(pair.prior, num, seeded(name), labels=expected[name], guidance=GUIDANCE)
+            maps = draw_maps(pair.prior, num, seeded(4, name), labels=expected[name], guidance=GUIDANCE)
             assert torch.equal(modes[name].indices, maps)
     for name, mode in modes.items():
         assert torch.equal(mode.labels, expected[name])
@@ -57,12 +55,25 @@ def test_every_mode_has_its_own_images_and_its_figures_equal_brute_force(num_cla
         p = sum(p * nats_per_map(pair.prior, mode.indices, none * 0 + label).neg().exp() for label, p in labels)
         assert mode.nats_per_code == pytest.approx(-p.log().mean().item() / mode.indices[0].numel(), abs=1e-6)
         assert mode.codes_used == len(set(mode.indices.flatten().tolist()))
-        images = mode.images.double().flatten(1).numpy()
-        distances = np.sqrt(np.square(images[:, None] - reference).mean(axis=2)).min(axis=1)
-        assert mode.distance == pytest.approx(distances.mean(), abs=1e-4)
+        distances = all_distances(mode.images, data.validation.images / 255) / mode.images[0].numel() ** 0.5
+        assert mode.distance == pytest.approx(distances.min(axis=1).mean(), abs=1e-4)
+    head, *lines, remark = as_text(found).splitlines()
+    assert (head.split(), "not told their labels" in remark) == (["codes", "used", "nats/code", "distance"], True)
+    for mode, line in zip(found, lines, strict=True):
+        assert line.split() == f"{mode.title} {mode.codes_used} {mode.nats_per_code:.2f} {mode.distance:.3f}".split()
+    save_comparison(found, tmp_path / "c.npz")
+    save_comparison(found, tmp_path / "c.png")
+    arrays = np.load(tmp_path / "c.npz")
+    assert arrays["modes"].tolist() == [name for name in modes for _ in range(num)]
+    for name in ("images", "indices", "labels"):
+        assert np.array_equal(arrays[name], torch.cat([getattr(mode, name) for mode in found]).numpy())
+    _, height, width = SHAPES[num_classes]
+    with Image.open(tmp_path / "c.png") as sheet:  # two rows of as many columns as there are classes, or else ten
+        size = (2 * (columns * (width + 2) + 2) + 24, len(modes) * (2 * (2 * (height + 2) + 2) + 30) + 12)
+        assert sheet.size == size
 
 
-def test_the_seed_decides_what_is_drawn_and_the_table_and_the_files_have_every_mode(tmp_path: Path) -> None:
+def test_the_seed_decides_what_is_drawn_and_modes_and_the_global_random_state_stay(tmp_path: Path) -> None:
     pair, state = save_pair(tmp_path), torch.get_rng_state()
     first = compare_modes(pair, make_data(), num_samples=20)
     pair.prior.train()
@@ -72,18 +83,6 @@ def test_the_seed_decides_what_is_drawn_and_the_table_and_the_files_have_every_m
     assert torch.equal(torch.get_rng_state(), state)
     same = [[torch.equal(a.indices, b.indices) for a, b in zip(first, modes, strict=True)] for modes in (again, other)]
     assert same == [[True] * 6, [True] * 2 + [False] * 4]
-    head, *rows, remark = as_text(first).splitlines()
-    assert (head.split(), "not told their labels" in remark) == (["codes", "used", "nats/code", "distance"], True)
-    for mode, row in zip(first, rows, strict=True):
-        assert row.split() == f"{mode.title} {mode.codes_used} {mode.nats_per_code:.2f} {mode.distance:.3f}".split()
-    save_comparison(first, tmp_path / "c.npz")
-    save_comparison(first, tmp_path / "c.png")
-    arrays = np.load(tmp_path / "c.npz")
-    assert arrays["modes"].tolist() == [name for name in NAMES for _ in range(20)]
-    for name in ("images", "indices", "labels"):
-        assert np.array_equal(arrays[name], torch.cat([getattr(mode, name) for mode in first]).numpy())
-    with Image.open(tmp_path / "c.png") as sheet:
-        assert sheet.size == (2 * 302 + 24, 6 * (2 * 62 + 30) + 12)
 
 
 def test_samples_that_make_no_whole_rows_and_other_data_are_refused(tmp_path: Path) -> None:
