@@ -47,12 +47,6 @@ PRECISIONS = {"float32": False, **({"bfloat16": True} if multiplies_bfloat16(CPU
 Row = dict[str, Any]
 
 
-def seconds_of(side: Side) -> float:
-    start = time.perf_counter()
-    side()
-    return time.perf_counter() - start
-
-
 def in_turn(sides: dict[str, Side], repeats: int = REPEATS, warm_ups: int = 1) -> dict[str, list[float]]:
     """Seconds of each side, several times, one after the other so that a noisy moment meets them all."""
     for _ in range(warm_ups):
@@ -61,19 +55,17 @@ def in_turn(sides: dict[str, Side], repeats: int = REPEATS, warm_ups: int = 1) -
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
-            seconds[name].append(seconds_of(side))
+            start = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def ratio(what: str, slow: list[float], fast: list[float]) -> Row:
     """How many times as long the first takes, as the median of the repeats' ratios, and their spread."""
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
-    return {
-        "what": what,
-        "seconds": [statistics.median(slow), statistics.median(fast)],
-        "ratio": statistics.median(ratios),
-        "spread": [ratios[0], ratios[-1]],
-    }
+    seconds = [statistics.median(slow), statistics.median(fast)]
+    return {"what": what, "seconds": seconds, "ratio": statistics.median(ratios), "spread": [ratios[0], ratios[-1]]}
 
 
 def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
@@ -105,7 +97,6 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
 
 
 def recipe_of(name: str, stage: str) -> tuple[Any, Any]:
-    """The network and the training of one stage in `configs/`."""
     kinds = {"vqvae": (VQVAEConfig, VQVAETraining), "prior": (PriorConfig, PriorTraining)}
     config, settings = resolve(kinds[stage], read_recipe(Path("configs") / f"{name}.toml", stage), {})
     return config, settings
@@ -116,27 +107,21 @@ def training(train: Split, vqvae: VQVAE) -> list[Row]:
     config, settings = recipe_of("baseline", "vqvae")
     num = 20 * settings.batch_size
     reference = reference_stage_one(VQVAE(config, IMAGE_SHAPE), num, settings.batch_size)
-    sides = {}
-    for precision, mixed in PRECISIONS.items():
-        one_epoch = replace(settings, num_epochs=1, mixed_precision=mixed)
-        sides[precision] = whole_run(StageOne(config, one_epoch, train.images[:num]), one_epoch)
-    rows = against("stage one", reference, sides, num)
+    rows = against("stage one", reference, StageOne, config, settings, train.images[:num])
     config, settings = recipe_of("pretrained", "prior")
     num = 10 * settings.batch_size
-    codes = extract(vqvae, train.first(num))
     reference = reference_stage_two(vqvae, config, num, settings.batch_size)
+    return rows + against("stage two", reference, StageTwo, config, settings, extract(vqvae, train.first(num)))
+
+
+def against(stage: str, reference: Side, task: Any, config: Any, settings: Any, data: Any) -> list[Row]:
+    sides, num = {"reference": reference}, len(data if task is StageOne else data.labels)
     for precision, mixed in PRECISIONS.items():
         one_epoch = replace(settings, num_epochs=1, mixed_precision=mixed)
-        sides[precision] = whole_run(StageTwo(config, one_epoch, codes), one_epoch)
-    return rows + against("stage two", reference, sides, num)
-
-
-def against(stage: str, reference: Side, sides: dict[str, Side], num: int) -> list[Row]:
-    seconds = in_turn({"reference": reference, **sides})
-    return [
-        ratio(f"{stage}, {num} samples: reference over {precision}", seconds["reference"], seconds[precision])
-        for precision in sides
-    ]
+        sides[precision] = whole_run(task(config, one_epoch, data), one_epoch)
+    seconds = in_turn(sides)
+    what = f"{stage}, {num} samples: reference over"
+    return [ratio(f"{what} {precision}", seconds["reference"], seconds[precision]) for precision in PRECISIONS]
 
 
 def baseline_error() -> float:
@@ -158,12 +143,8 @@ def time_to_quality(train: Split, validation: Split) -> list[Row]:
     """
     recipes = [recipe_of(name, "vqvae") for name in ("mnist", "baseline")]
     (default, settings), (_, baseline_settings) = recipes
-    default_s, baseline_s = in_turn(
-        {
-            name: first_images(config, settings, train.images[:RATE_IMAGES], seed=0)[1]
-            for name, (config, settings) in zip(("default", "baseline"), recipes, strict=True)
-        }
-    ).values()
+    sides = [first_images(*recipe, train.images[:RATE_IMAGES], seed=0)[1] for recipe in recipes]
+    default_s, baseline_s = in_turn(dict(zip(("default", "baseline"), sides, strict=True))).values()
     per_image = ratio(f"stage one, {RATE_IMAGES} images: default over baseline", default_s, baseline_s)
     rows: list[Row] = [per_image, {"what": "stage one: the baseline recipe", "squared_error": baseline_error()}]
     for share in SHARES:
@@ -173,9 +154,8 @@ def time_to_quality(train: Split, validation: Split) -> list[Row]:
             model, run = first_images(default, settings, train.images[:num], seed)
             run()
             errors.append(evaluate_vqvae(model, validation, settings)["squared_error"])
-        rows.append(
-            {"what": f"stage one: the default recipe, {num} images, 1/{share} of that time", "squared_error": errors}
-        )
+        what = f"stage one: the default recipe, {num} images, 1/{share} of that time"
+        rows.append({"what": what, "squared_error": errors})
     return rows
 
 
@@ -195,23 +175,9 @@ def starting() -> list[Row]:
         for arguments in (["--help"], ["sample", "--mode", "pixelcnn", "--labels", "0-9", *pair, *output]):
             command = [sys.executable, "cli.py", *arguments]
             seconds = in_turn({"run": partial(subprocess.run, command, check=True, capture_output=True)})["run"]
-            rows.append(
-                {
-                    "what": " ".join(arguments[:3]),
-                    "seconds": statistics.median(seconds),
-                    "spread": [min(seconds), max(seconds)],
-                }
-            )
+            figures = {"seconds": statistics.median(seconds), "spread": [min(seconds), max(seconds)]}
+            rows.append({"what": " ".join(arguments[:3]), **figures})
     return rows
-
-
-def processor() -> str:
-    """The processor's name, from where Linux has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
 def main() -> None:
@@ -220,7 +186,7 @@ def main() -> None:
     pair = load_pair(weights_file(SHIPPED, "vqvae"), weights_file(SHIPPED, "prior"), CPU)
     vqvae, prior = pair.vqvae, pair.prior
     machine = {
-        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

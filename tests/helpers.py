@@ -1,6 +1,7 @@
 """Builders that several test files share: data, small networks, checkpoints, and the command line in this process."""
 
 import io
+import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixture"  # 480 training and 120 test digits of the real MNIST
 SHIPPED = ROOT / "checkpoints" / "pretrained"
 CPU = torch.device("cpu")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])])
+both_ways = pytest.mark.parametrize("learning", ["gradient", "ema"])
 
 
 @cache
@@ -116,6 +121,10 @@ def save_pair(
     header = save_model(folder / "vqvae.safetensors", vqvae, "vqvae", info)
     save_model(folder / "prior.safetensors", prior, "prior", info, header.fingerprint)
     return load_pair(folder / "vqvae.safetensors", folder / "prior.safetensors", CPU)
+
+
+def log_rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 class Result(NamedTuple):

@@ -3,7 +3,6 @@
 `ranks.py FOLDER` starts 2 processes, and then 3. Process R of N writes what it found to FOLDER/N/R.pt.
 """
 
-import json
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from prior.codes import extract
 from prior.model import PriorConfig
 from prior.pair import draw_maps
 from prior.train import PriorTask, PriorTraining, evaluate_prior
-from tests.helpers import CPU, make_dataset, make_prior, make_split, make_vqvae
+from tests.helpers import CPU, log_rows, make_dataset, make_prior, make_split, make_vqvae
 from vqvae.data.dataset import Dataset
 from vqvae.distributed import all_gather, barrier, batch_shard, is_main, main_first, process_group, rank, world_size
 from vqvae.errors import Interrupted
@@ -49,8 +48,7 @@ def make_task(stage: str, dataset: Dataset, path: Path, device: torch.device = C
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: line[name] for name in line if "_per_s" not in name} for line in lines]
+    return [{name: row[name] for name in row if "_per_s" not in name} for row in log_rows(folder)]
 
 
 class Line(Task):

@@ -62,7 +62,6 @@ class Valid:
         return to_safetensors(tensors, metadata={"fingerprint": fingerprint(origin, tensors)})
 
     def read(self, kind: str, path: Path) -> Any:
-        """What a file gives, for comparison."""
         if kind == "resume":
             state = load_resume_state(path)
             return fingerprint({name: state[name] for name in state if name != "model"}, state["model"])
@@ -121,7 +120,6 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
-    """A reader that waits for ever fails, instead of a test run that never ends."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a reader waits"))
     signal.alarm(120)
     yield
@@ -129,7 +127,6 @@ def time_limit() -> Iterator[None]:
 
 
 def damaged(content: bytes, other: bytes, seed: str) -> list[bytes]:
-    """A file damaged in every way. A part of another one may stand in it."""
     random = Random(seed)
     start = random.randrange(len(content))
     end = random.randint(start + 1, min(len(content), start + 200))
@@ -142,16 +139,13 @@ def damaged(content: bytes, other: bytes, seed: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_valid_file_is_read_and_another_one_in_its_place_is_refused(path: Path, valid: Valid, kind: str) -> None:
+def test_a_valid_file_is_read_and_another_or_a_damaged_one_is_refused(path: Path, valid: Valid, kind: str) -> None:
     path.write_bytes(valid.files[kind])
     assert valid.believes(kind, path)
     for other in valid.files.keys() - {kind, "another vqvae"}:
         path.write_bytes(valid.files[other])
         assert not valid.believes(kind, path), other
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_of_a_damaged_file_everything_or_nothing_is_believed(path: Path, valid: Valid, kind: str) -> None:
+    # Of a damaged file everything or nothing is believed.
     content, others = valid.files[kind], list(valid.files.values())
     spoilt = [wrong for i in range(2) for wrong in damaged(content, others[i], f"{kind} {i}") if wrong != content]
     spoilt += [content[:length] for length in (0, 1, 7, 8, 9, len(content) // 2, len(content) - 65, len(content) - 1)]
@@ -200,7 +194,7 @@ def test_a_header_that_lies_is_refused_or_changes_nothing(path: Path, valid: Val
         valid.believes(kind, path)
 
 
-ABSURD = [{"num_codes": 10**9}, {"num_codes": 10**30}, {"code_dim": 10**9}, {"num_decoder_blocks": 10**9}]
+ABSURD = [{"num_codes": 10**30}, {"code_dim": 10**9}, {"num_decoder_blocks": 10**9}]
 ABSURD += [{"width": 2048, "num_encoder_blocks": 64, "num_decoder_blocks": 64}]  # 10 GB, and within every range
 ABSURD += [{"image_shape": shape} for shape in ([1, 10**9, 8], [10**9, 8, 8], [3, 1024, 1024], [1, 30, 8], [1, 0, 8])]
 

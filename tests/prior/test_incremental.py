@@ -1,7 +1,5 @@
 """The logits position by position, held against whole passes, and what is drawn from them against a plain sampler."""
 
-import itertools
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import prior.sampling
 from prior import kernels
 from prior.incremental import IncrementalLogits
 from prior.model import GatedPixelCNN
 from prior.pair import draw_maps
-from prior.sampling import LogitsAt, adjust, sample_codes
+from prior.sampling import LogitsAt, sample_codes
 from tests.helpers import make_prior, random_maps
 
 
@@ -33,55 +30,24 @@ def make_sharp_prior(map_shape: tuple[int, int], dtype: torch.dtype = torch.floa
     return network.to(dtype)
 
 
-def whole_pass_logits(network: GatedPixelCNN, labels: Tensor) -> LogitsAt:
-    """The plain way: the whole network for every position."""
-    return lambda indices, i, j: network(indices, labels)[:, :, i, j]
-
-
 @pytest.mark.parametrize("onednn", [False, True])  # for every product of float32
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("map_shape", [(7, 7), (4, 6), (6, 3), (1, 7), (7, 1), (1, 1)])
 @torch.no_grad()
-def test_the_logits_are_those_of_a_whole_pass_and_no_code_yet_to_come_is_looked_at(
+def test_the_logits_are_those_of_a_whole_pass_and_two_asked_in_turn_keep_apart(
     map_shape: tuple[int, int], dtype: torch.dtype, tolerance: float, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "processor_has", lambda *_: onednn)
     monkeypatch.setattr(kernels, "ONEDNN_FROM", 0)
     network, labels = make_sharp_prior(map_shape, dtype), torch.arange(11)
-    maps = random_maps(11, network)
-    whole = network(maps, labels)
-    assert whole.std(dim=1).mean() > 0.5  # logits that are far apart
-    logits_at = IncrementalLogits(network, labels)
+    both = random_maps(22, network).split(11)
+    two = [(maps, network(maps, labels), IncrementalLogits(network, labels)) for maps in both]
     for i, j in np.ndindex(network.map_shape):
-        so_far = torch.full_like(maps, -1)  # to embed one of these is an IndexError
-        so_far[:, :i], so_far[:, i, :j] = maps[:, :i], maps[:, i, :j]
-        assert torch.allclose(logits_at(so_far, i, j), whole[:, :, i, j], rtol=0, atol=tolerance), (i, j)
-
-
-@torch.no_grad()
-def test_two_that_are_asked_in_turn_keep_apart() -> None:
-    network = make_sharp_prior((4, 6))
-    maps, labels = random_maps(2, network).split(1), torch.tensor([3, network.no_label]).split(1)
-    whole = [network(*one) for one in zip(maps, labels, strict=True)]
-    both = [IncrementalLogits(network, label) for label in labels]
-    for (i, j), n in itertools.product(np.ndindex(network.map_shape), range(2)):
-        assert torch.allclose(both[n](maps[n], i, j), whole[n][:, :, i, j], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_draw_uses_the_logits_of_one_pass_over_its_map(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, labels, used = make_sharp_prior((7, 7), torch.float32), torch.tensor([0, 4, 9]), []
-
-    def recording(logits: Tensor, *options: Any) -> Tensor:
-        used.append(logits.clone())
-        return adjust(logits, *options)
-
-    monkeypatch.setattr(prior.sampling, "adjust", recording)
-    maps = draw_maps(network, 3, torch.Generator().manual_seed(7), labels=labels, guidance=guidance)
-    with torch.no_grad():
-        labelled, unlabelled = network(maps, labels), network(maps)
-    whole = unlabelled + guidance * (labelled - unlabelled)
-    torch.testing.assert_close(torch.stack(used, dim=2), whole.flatten(2), rtol=0, atol=2e-5)
+        for maps, whole, logits_at in two:
+            so_far = torch.full_like(maps, -1)  # to embed one of these is an IndexError
+            so_far[:, :i], so_far[:, i, :j] = maps[:, :i], maps[:, i, :j]
+            assert torch.allclose(logits_at(so_far, i, j), whole[:, :, i, j], rtol=0, atol=tolerance), (i, j)
+    assert two[0][1].std(dim=1).mean() > 0.5  # logits that are far apart
 
 
 KNOWN = torch.randint(-3, 5, (10, 4, 6), generator=torch.Generator().manual_seed(4)).clamp(min=-1)
@@ -98,8 +64,12 @@ def draw_plainly(network: GatedPixelCNN, seed: int, **options: Any) -> Tensor:
     """`draw_maps` of ten maps by whole passes."""
     uniforms = torch.rand(10, *network.map_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     labels = options.pop("labels", torch.full((10,), network.no_label)).to(network.device)
+
+    def logits_for(labels: Tensor) -> LogitsAt:
+        return lambda indices, i, j: network(indices, labels)[:, :, i, j]
+
     with torch.inference_mode():
-        return sample_codes(partial(whole_pass_logits, network), uniforms, labels, no_label=network.no_label, **options)
+        return sample_codes(logits_for, uniforms, labels, no_label=network.no_label, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])  # each batch starts afresh

@@ -35,23 +35,6 @@ def nats_by_hand(network: GatedPixelCNN, maps: Tensor, labels: Sequence[int] | T
     return nats
 
 
-def test_the_loss_of_constant_logits_has_its_known_value() -> None:
-    network = make_prior((2, 3), num_codes=5)
-    with torch.no_grad():
-        network.head[-1].weight.zero_()
-        network.head[-1].bias.copy_(torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625]).log() + 7)
-    indices = torch.tensor([[[0, 0, 0], [1, 1, 2]]])  # 1 + 1 + 1 + 2 + 2 + 3 bits
-    assert nats_per_code(network, indices, torch.tensor([4])).item() == pytest.approx(10 / 6 * math.log(2), abs=1e-6)
-
-
-def test_the_loss_pairs_each_position_with_its_own_logits_and_label() -> None:
-    network = make_sharp_prior()
-    maps, labels = random_maps(7, network), torch.arange(7) % 4
-    for given, by_hand in ((labels, labels), (None, [3] * 7)):
-        expected = nats_by_hand(network, maps, by_hand).mean()
-        assert nats_per_code(network, maps, given).item() == pytest.approx(expected, abs=1e-5)
-
-
 def test_under_autocast_the_logits_are_rounded_to_bfloat16_and_the_loss_is_float32() -> None:
     network = make_prior((7, 7), num_codes=32)
     maps, labels = random_maps(10, network), torch.arange(10)
@@ -72,11 +55,13 @@ def test_a_fresh_network_is_near_log_k() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 1000])
-def test_maps_first_rows_and_positions_have_their_likelihood(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_maps_first_rows_and_positions_have_their_likelihood(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "BATCH", batch)
     network = make_sharp_prior()
     codes = make_codes(11, network)
     nats, nats_unlabelled = (nats_by_hand(network, codes.indices, labels) for labels in (codes.labels, [3] * 11))
+    assert nats_per_code(network, *codes).item() == pytest.approx(nats.mean(), abs=1e-5)
+    assert nats_per_code(network, codes.indices, None).item() == pytest.approx(nats_unlabelled.mean(), abs=1e-5)
     network.train()
     for num_rows in (None, 2, 1, 0):
         found = nats_per_map(network, *codes, num_rows)

@@ -1,5 +1,3 @@
-"""Stage two's evaluation, its task and its run: labels are dropped, resuming, which weights are kept, any dataset."""
-
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,6 @@ from prior.train import PriorTask, PriorTraining, drop_labels, evaluate_prior, s
 from tests.helpers import CPU, FIXTURE, make_codes, make_dataset, make_prior, make_split, make_vqvae, mnist, save_model
 from vqvae.compute import derive_seed
 from vqvae.data.dataset import Dataset
-from vqvae.data.pixels import to_model_range
 from vqvae.errors import InputError
 from vqvae.model import load_vqvae
 from vqvae.storage import checkpoint
@@ -31,12 +28,8 @@ show = PriorTask.show
 
 
 def save_vqvae(folder: Path, dataset: Dataset, seed: int = 0) -> Path:
-    """A VQ-VAE with codes where the encoder's vectors are, so that many are chosen."""
-    vqvae, path = make_vqvae(dataset.info.image_shape, seed), folder / "vqvae.safetensors"
-    with torch.no_grad():
-        z_e = vqvae.encode_continuous(to_model_range(dataset.train.images[:16]))
-        vqvae.quantizer.codebook.copy_(z_e[:, :, 1, 1])
-    save_model(path, vqvae, "vqvae", dataset.info)
+    path = folder / "vqvae.safetensors"
+    save_model(path, make_vqvae(dataset.info.image_shape, seed), "vqvae", dataset.info)
     return path
 
 
@@ -169,31 +162,28 @@ def test_a_halted_run_goes_on_to_where_it_would_be(halt: str, tmp_path: Path, mo
     assert (halted / "prior.safetensors").read_bytes() == (straight / "prior.safetensors").read_bytes()
 
 
-def test_the_best_epoch_on_validation_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epoch_on_validation_is_kept_and_the_test_split_read_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vqvae, folder, two_epochs = save_vqvae(tmp_path, mnist()), tmp_path / "run", tmp_path / "two epochs"
     train(vqvae, two_epochs, 2)
     scripted, asked = iter([3.0, 1.0, 2.0, 0.5, 1.5, 0.7]), []
+    read_at: list[int] = []
 
     def figures_by_script(network: GatedPixelCNN, codes: Codes) -> dict[str, float]:
         asked.append(codes.labels)
         return {"nats_per_code": next(scripted)}
 
     monkeypatch.setattr(prior.train, "evaluate_prior", figures_by_script)
+    dataset = replace(mnist(), load_test=lambda: read_at.append(resume_state(folder)["step"]) or mnist().load_test())
+    monkeypatch.setattr(prior.train, "load_mnist", lambda *_: dataset)
     assert train(vqvae, folder, 3)["nats_per_code"] == 0.5
     assert all(map(torch.equal, asked, [mnist().validation.labels] * 3 + [mnist().load_test().labels]))
     assert checkpoint.read_header(folder / "prior.safetensors", "prior").metrics["nats_per_code"] == 1.0
     assert best_weights(folder) == last_weights(two_epochs)
     assert train(vqvae, folder, 4, resume=True)["nats_per_code"] == 0.7  # the fourth epoch, of 1.5, is no better
     assert best_weights(folder) == last_weights(two_epochs)
-    assert resume_state(folder)["step"] == 4 * STEPS
-
-
-def test_the_test_split_is_read_when_all_training_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = replace(mnist(), load_test=Mock(side_effect=LookupError))
-    monkeypatch.setattr(prior.train, "load_mnist", lambda *_: dataset)
-    with pytest.raises(LookupError):
-        train(save_vqvae(tmp_path, mnist()), tmp_path, 2)
-    assert resume_state(tmp_path)["step"] == 2 * STEPS
+    assert read_at == [3 * STEPS, 4 * STEPS]  # the test split, when all training was done and saved
 
 
 def test_the_figures_written_are_those_of_the_weights_written(tmp_path: Path) -> None:
@@ -212,22 +202,21 @@ def test_the_figures_written_are_those_of_the_weights_written(tmp_path: Path) ->
     assert written.data["class_counts"] == list(mnist().info.class_counts)
 
 
-def test_a_stale_code_cache_is_not_used_and_a_run_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_of_another_vqvae_or_other_data_no_run_is_resumed_and_no_code_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = (save_vqvae(tmp_path / name, mnist(), seed) for seed, name in enumerate(("one", "other")))
-    expected = train(other, tmp_path / "fresh", 1)
-    assert train(one, tmp_path / "used", 1) != expected
+    fresh, used = tmp_path / "fresh", tmp_path / "used"
+    expected = train(other, fresh, 1)
+    assert train(one, used, 1) != expected
+    before = (used / "prior.safetensors").read_bytes()
     with pytest.raises(InputError, match="`overwrite=True`"):
-        train(other, tmp_path / "used", 1)
-    assert train(other, tmp_path / "used", 1, overwrite=True) == expected
-
-
-def test_resuming_with_another_vqvae_or_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = (save_vqvae(tmp_path / name, mnist(), seed) for seed, name in enumerate(("one", "other")))
-    train(one, tmp_path, 1)
-    before = (tmp_path / "prior.safetensors").read_bytes()
+        train(other, used, 1)
     with pytest.raises(InputError, match=r"vqvae = .*`overwrite=True`"):
-        train(other, tmp_path, 2, resume=True)
-    monkeypatch.setattr(prior.train, "load_mnist", lambda *_: replace(mnist(), train=make_split(440)))
-    with pytest.raises(InputError, match=r"data = .*`overwrite=True`"):
-        train(one, tmp_path, 2, resume=True)
-    assert (tmp_path / "prior.safetensors").read_bytes() == before
+        train(other, used, 2, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(prior.train, "load_mnist", lambda *_: replace(mnist(), train=make_split(440)))
+        with pytest.raises(InputError, match=r"data = .*`overwrite=True`"):
+            train(one, used, 2, resume=True)
+    assert (used / "prior.safetensors").read_bytes() == before
+    assert train(other, used, 1, overwrite=True) == expected  # beside a stale cache

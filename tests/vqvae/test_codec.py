@@ -1,5 +1,3 @@
-"""Whole sets of images to code maps and back."""
-
 import pytest
 import torch
 from torch.testing import assert_close

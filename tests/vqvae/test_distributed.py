@@ -1,5 +1,3 @@
-"""Several processes that work as one, held against one process."""
-
 import os
 import shutil
 import signal
@@ -38,13 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def alone(folder: Path) -> Found:
-    """What one process found."""
     return torch.load(folder / "1" / "0.pt")
 
 
 @pytest.fixture(params=[pytest.param(num, marks=pytest.mark.slow) for num in (2, 3)])
 def many(folder: Path, request: pytest.FixtureRequest) -> list[Found]:
-    """What each of several processes found."""
     return [torch.load(folder / str(request.param) / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -90,14 +86,13 @@ def test_only_the_main_process_writes_and_prints_and_it_is_waited_for(
     assert {found["after"] for found in many} == {0}  # no thread outlives the group
 
 
-def test_figures_and_samples_are_exactly_those_of_one_process(alone: Found, many: list[Found]) -> None:
+def test_figures_samples_codebook_and_prediction_gradient_are_those_of_one_process(
+    alone: Found, many: list[Found]
+) -> None:
     for found in many:
         assert found["figures"] == alone["figures"]
         assert torch.equal(found["maps"], alone["maps"])
         assert torch.equal(found["following"], alone["following"])  # and so is what is drawn next
-
-
-def test_all_have_the_codebook_and_the_prediction_gradient_of_one(alone: Found, many: list[Found]) -> None:
     for name, expected in alone["codebook"].items():
         assert all(torch.equal(found["codebook"][name], many[0]["codebook"][name]) for found in many)
         torch.testing.assert_close(many[0]["codebook"][name], expected, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,3 @@
-"""The unit-Gaussian baseline: the maps of its noise, and what the seed decides."""
-
 import pytest
 import torch
 from torch.testing import assert_close

@@ -1,20 +1,14 @@
-"""The VQ-VAE: shapes, images one by one, gradients through the codes, and its checkpoint."""
-
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import CPU, make_info, make_split, make_vqvae, save_model
+from tests.helpers import CPU, both_ways, devices, make_info, make_split, make_vqvae, save_model
 from vqvae.data.pixels import to_model_range
 from vqvae.errors import InputError
 from vqvae.model import VQVAE, ResidualBlock, VQVAEConfig, load_vqvae
 from vqvae.train import VQVAETraining, loss_terms
-from vqvae.training.settings import make_optimizer
-
-gpu = pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-both_ways = pytest.mark.parametrize("learning", ["gradient", "ema"])
 
 
 def make_varied(learning: str = "ema", image_shape: tuple[int, int, int] = (1, 28, 28)) -> tuple[VQVAE, torch.Tensor]:
@@ -48,17 +42,14 @@ def test_the_shapes_follow_from_the_images(image_shape: tuple[int, int, int]) ->
     assert out.z_e.shape == out.z_q.shape == (16, 4, *model.map_shape)
 
 
-@pytest.mark.parametrize("image_shape", [(1, 30, 28), (1, 28, 27), (3, 0, 32)])
-def test_a_side_that_4_does_not_divide_is_refused(image_shape: tuple[int, int, int]) -> None:
-    with pytest.raises(InputError, match=r"height and width divide by 4, found {1}x{2}; resize".format(*image_shape)):
-        VQVAE(VQVAEConfig(), image_shape)
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 27, 27), (2, 1, 32, 32), (2, 3, 28, 28), (2, 28, 28)])
-def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    for call in (make_vqvae().forward, make_vqvae().encode):
-        with pytest.raises(ValueError, match=r"expected images of shape \(B, 1, 28, 28\), found \(2, "):
-            call(torch.zeros(shape))
+def test_a_side_that_4_does_not_divide_and_images_of_another_shape_are_refused() -> None:
+    for height, width in ((30, 28), (28, 27), (0, 32)):
+        with pytest.raises(InputError, match=f"height and width divide by 4, found {height}x{width}; resize"):
+            VQVAE(VQVAEConfig(), (1, height, width))
+    for shape in ((2, 1, 32, 32), (2, 3, 28, 28), (2, 28, 28)):
+        for call in (make_vqvae().forward, make_vqvae().encode):
+            with pytest.raises(ValueError, match=r"expected images of shape \(B, 1, 28, 28\), found \(2, "):
+                call(torch.zeros(shape))
 
 
 def test_a_fresh_residual_block_is_the_identity_and_a_trained_one_is_not() -> None:
@@ -107,17 +98,6 @@ def test_the_gradient_at_the_decoders_input_is_the_gradient_at_the_encoders_outp
     assert all(p.grad is not None and p.grad.any() for p in (*model.decoder.parameters(), *model.encoder.parameters()))
 
 
-@both_ways
-def test_an_averaged_codebook_is_not_optimised_and_a_learned_one_does_not_decay(learning: str) -> None:
-    model = make_vqvae(codebook_learning=learning)
-    groups = make_optimizer(model, VQVAETraining(weight_decay=0.1)).param_groups
-    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decay_of.get(id(model.quantizer.codebook)) == (0 if learning == "gradient" else None)
-    assert len(decay_of) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        assert decay_of[id(parameter)] == (0.1 if name.endswith("weight") else 0.0), name  # all are convolutions
-
-
 def test_latents_losses_and_reconstructions_are_float32_under_autocast() -> None:
     model, x = make_varied()
     with torch.autocast("cpu", torch.bfloat16):
@@ -127,7 +107,7 @@ def test_latents_losses_and_reconstructions_are_float32_under_autocast() -> None
 
 
 @both_ways
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@devices
 def test_a_model_is_rebuilt_from_its_file_alone(tmp_path: Path, learning: str, device: str) -> None:
     model, x = make_varied(learning, (3, 20, 36))
     state, x_hat = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(x).x_hat

@@ -1,5 +1,3 @@
-"""What a command writes for its user, by the ending of the name."""
-
 from pathlib import Path
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Grids and sheets, read back pixel by pixel."""
-
 from pathlib import Path
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""The prediction term: what each prediction may see, its value by hand, and whom it trains."""
-
 import numpy as np
 import pytest
 import torch

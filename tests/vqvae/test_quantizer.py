@@ -1,7 +1,6 @@
-"""The quantiser in one process: the nearest code, the two latent terms, the moving averages, start and restarts."""
-
 import re
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.helpers import both_ways, devices
 from vqvae import quantizer
+from vqvae.errors import InputError
 from vqvae.quantizer import VectorQuantizer, codes_used, count_codes, perplexity
-
-both_ways = pytest.mark.parametrize("learning", ["gradient", "ema"])
 
 
 def random_latents(*shape: int, seed: int = 0) -> Tensor:
@@ -63,18 +62,21 @@ def test_a_vector_between_codes_takes_the_lowest_index() -> None:
     assert layer.nearest(z_e).flatten().tolist() == [1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 7, 7), (2, 7, 7, 4), (4, 7, 7), (8, 4)])
-@pytest.mark.parametrize("method", ["forward", "nearest"])
-def test_latents_of_another_shape_are_refused(shape: tuple[int, ...], method: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"expected z_e of shape (B, 4, H, W), found {shape}")):
-        getattr(make_layer("gradient"), method)(torch.zeros(shape))
+@pytest.mark.parametrize("shape", [(2, 5, 7, 7), (8, 4)])
+def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    for method in (make_layer("gradient").forward, make_layer("gradient").nearest):
+        with pytest.raises(ValueError, match=re.escape(f"expected z_e of shape (B, 4, H, W), found {shape}")):
+            method(torch.zeros(shape))
 
 
-gpu = pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("settings", [(8, 4, "EMA"), (0, 4), (8, 0), (8, 4, "ema", 1.1)])
+def test_a_layer_that_cannot_be_is_refused(settings: tuple[Any, ...]) -> None:
+    with pytest.raises(InputError, match="choose"):
+        VectorQuantizer(*settings)
 
 
 @both_ways
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@devices
 def test_indices_under_autocast_equal_those_without_it(learning: str, device: str) -> None:
     layer, z_e = make_layer(learning, random_latents(512, 40, seed=1)).eval(), random_latents(4, 40, 7, 7)
     half = z_e.bfloat16()  # what an encoder under autocast hands over

@@ -1,5 +1,3 @@
-"""Stage one's training: the loss terms, the evaluation, a run on the fixture, and the public names."""
-
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -15,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import vqvae
-from tests.helpers import CPU, FIXTURE, SHIPPED, make_dataset, mnist
+from tests.helpers import CPU, FIXTURE, SHIPPED, both_ways, make_dataset, mnist
 from tests.ranks import rows
 from vqvae import quantizer, train
 from vqvae.data.dataset import Split, digest
@@ -32,7 +30,6 @@ SETTINGS = VQVAETraining(batch_size=64, num_epochs=3, lr=5e-3, prediction_weight
 STEPS = 7  # of an epoch: 440 digits in batches of 64
 TERMS = ["total", "reconstruction", "codebook", "commitment"]
 DIGITS = mnist().load_test().first(40)
-both_ways = pytest.mark.parametrize("learning", ["gradient", "ema"])
 Patch = pytest.MonkeyPatch
 Finished = tuple[Path, dict[str, float]]
 

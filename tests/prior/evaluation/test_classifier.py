@@ -1,5 +1,3 @@
-"""The classifier: its features and probabilities image by image, and its checkpoint."""
-
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,7 +37,7 @@ def test_features_and_probabilities_are_those_of_each_image_alone_and_every_laye
     torch.testing.assert_close(probabilities, logits.exp() / logits.exp().sum(1, keepdim=True), atol=1e-5, rtol=0)
 
 
-def test_a_loaded_classifier_sees_what_the_saved_one_saw(tmp_path: Path) -> None:
+def test_a_loaded_classifier_sees_what_the_saved_one_saw_and_the_shipped_one_knows_the_digits(tmp_path: Path) -> None:
     path, model, images = tmp_path / "c.safetensors", make_classifier((3, 32, 32), 3), make_split(5, (3, 32, 32)).images
     with pytest.raises(MissingFileError, match=r"a classifier checkpoint at .*, found none; .*`train_classifier\(\)`$"):
         load_classifier(path, CPU)
@@ -47,10 +45,7 @@ def test_a_loaded_classifier_sees_what_the_saved_one_saw(tmp_path: Path) -> None
     loaded, header = load_classifier(path, CPU)
     assert (loaded.training, header.fingerprint) == (False, saved.fingerprint)
     assert all(map(torch.equal, extract_features(loaded, images), extract_features(model, images)))
-
-
-def test_the_shipped_classifier_knows_the_fixtures_digits_and_was_trained_by_the_defaults() -> None:
-    model, header = load_classifier(SHIPPED / "classifier.safetensors", CPU)
+    model, header = load_classifier(SHIPPED / "classifier.safetensors", CPU)  # trained by the defaults
     assert evaluate_classifier(model, mnist().load_test())["cross_entropy"] < 0.003
     defaults = asdict(ClassifierConfig()) | asdict(ClassifierTraining())
     assert all(defaults[name] == value for name, value in header.recipe.items() if name not in ("seed", "data"))

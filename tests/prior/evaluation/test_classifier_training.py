@@ -1,5 +1,3 @@
-"""The classifier's augmentation, loss, evaluation and run, and what training on a few images is worth."""
-
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prior.evaluation import classifier_training as training
@@ -44,21 +43,17 @@ def test_each_image_is_rotated_scaled_and_shifted_by_its_own_draws_before_the_ba
 
 
 def test_the_loss_augments_images_and_the_figures_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_hand(x: Tensor) -> float:
-        with torch.no_grad():
-            rows = model(x).double().numpy()
-        return np.mean([np.log(np.exp(row).sum()) - row[label] for row, label in zip(rows, split.labels, strict=True)])
-
     monkeypatch.setattr(training, "EVALUATION_BATCH", 22)  # and then one more image, which weighs as much as any
     monkeypatch.setattr(training, "augment", lambda x: -x)  # stands in, and shows that it was asked
     model, split = make_classifier(), make_split(23)
     task, x = ClassifierTask(model, split, split), split.images.float() / 127.5 - 1
     wrong = (model(x).argmax(dim=1) != split.labels).double().mean().item()
-    expected = pytest.approx({"cross_entropy": by_hand(x), "error": wrong}, abs=1e-5)
+    plain, augmented = (F.cross_entropy(model(images), split.labels).item() for images in (x, -x))
+    expected = pytest.approx({"cross_entropy": plain, "error": wrong}, abs=1e-5)
     model.train()
     assert (task.evaluate(), model.training) == (expected, True)  # it is evaluated in eval mode all the same
     losses = ClassifierTask(model.eval(), split, split).loss(*task.data)
-    assert (list(losses), losses["cross_entropy"].item()) == (["cross_entropy"], pytest.approx(by_hand(-x), abs=1e-5))
+    assert (list(losses), losses["cross_entropy"].item()) == (["cross_entropy"], pytest.approx(augmented, abs=1e-5))
     losses["cross_entropy"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -129,10 +124,8 @@ def test_the_loop_gets_the_seed_and_what_it_may_see(tmp_path: Path, monkeypatch:
 
 
 def test_what_cannot_be_trained_is_refused_before_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for num_classes in (0, 1):
-        info = make_info(num_classes=num_classes)
-        with pytest.raises(InputError, match=f"at least 2 classes to train a classifier on, found {num_classes} in"):
-            training.accuracy_after_training_on(*[make_split(4)] * 2, info, ClassifierTraining(), 0)
+    with pytest.raises(InputError, match="at least 2 classes to train a classifier on, found 1 in"):
+        training.accuracy_after_training_on(*[make_split(4)] * 2, make_info(num_classes=1), ClassifierTraining(), 0)
     monkeypatch.setattr("vqvae.distributed.world_size", lambda: 2)
     monkeypatch.setattr(training, "load_mnist", lambda *_: pytest.fail("read the data"))
     for refused in (lambda: train(tmp_path, 1), lambda: training.require_trainable(make_info())):

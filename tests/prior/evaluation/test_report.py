@@ -1,5 +1,3 @@
-"""The report: which files, what stands in them, and that the page needs no other."""
-
 import base64
 import html
 import io
@@ -33,15 +31,13 @@ def make_evaluation() -> Evaluation:
     return Evaluation(make_figures(), sets, sets[1], make_split(20, seed=9).images, nats, nats + 0.5, torch.arange(4))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    report.write_report(make_evaluation(), tmp_path / "new" / "folder")
-    return tmp_path / "new" / "folder"
+def test_every_form_has_every_figure_and_the_page_is_one_file_that_shows_markup_as_text(tmp_path: Path) -> None:
+    def inside(tag: str, text: str | None = None) -> list[str]:
+        return [html.unescape(found) for found in re.findall(f"<{tag}>(.*?)</{tag}>", text or source)]
 
-
-def test_the_text_files_and_the_terminal_have_every_figure_and_what_it_was_made_with(folder: Path) -> None:
-    written = {path.name for path in folder.iterdir()}
-    assert written == {*TEXTS, "report.html", *(f"{name}.png" for name in PICTURES)}
+    folder = tmp_path / "new" / "folder"
+    report.write_report(make_evaluation(), folder)
+    assert {path.name for path in folder.iterdir()} == {*TEXTS, "report.html", *(f"{name}.png" for name in PICTURES)}
     assert json.loads((folder / TEXTS[0]).read_text()) == make_figures()
     text, markdown = ((folder / name).read_text(encoding="utf-8") for name in TEXTS[1:])
     terminal = report.tables_as_text(make_evaluation())
@@ -51,12 +47,6 @@ def test_the_text_files_and_the_terminal_have_every_figure_and_what_it_was_made_
         assert f"\n{title}\n{as_text(rows)}\n" in text
         assert f"\n{title} (classifier ab12cd34ef56)\n{as_text(rows)}\n" in terminal
         assert f"\n**{title}**\n\n{as_markdown(rows)}\n" in markdown
-
-
-def test_the_page_is_one_file_that_has_every_table_and_picture_and_shows_markup_as_text(folder: Path) -> None:
-    def inside(tag: str, text: str | None = None) -> list[str]:
-        return [html.unescape(found) for found in re.findall(f"<{tag}>(.*?)</{tag}>", text or source)]
-
     source, pictures = (folder / "report.html").read_text(encoding="utf-8"), report.draw_pictures(make_evaluation())
     assert [inside("t[hd]", row) for row in re.findall("<tr>.*?</tr>", source)] == [row for _, t in TABLES for row in t]
     assert inside("h2") == [*(title for title, _ in TABLES), "Pictures"]

@@ -1,5 +1,3 @@
-"""The sets of images: which there are for which data, how each is drawn, and that all are decoded codes."""
-
 from collections.abc import Callable
 
 import pytest

@@ -1,5 +1,3 @@
-"""The tables: each figure under its head, and what a reader has to know beside them."""
-
 from typing import Any
 
 from prior.evaluation.tables import NOTE, NOTE_ON_FEW, as_markdown, as_text, describe_origin, notes, tabulate
@@ -7,15 +5,12 @@ from prior.evaluation.tables import NOTE, NOTE_ON_FEW, as_markdown, as_text, des
 AWKWARD = 'a <b>bold</b> & "quoted" set'
 
 
-def make_row(name: str, title: str, first: float, **more: Any) -> dict[str, Any]:
-    """A set's figures: `first`, and what follows it in steps of 0.01."""
-    names = ("fid", "fid_infinity", "precision", "recall", "density", "coverage", "confident")
-    figures = {figure: first + 0.01 * n for n, figure in enumerate(names)}
-    return {"name": name, "title": title, **figures, "kid": 0.00123, "kid_std": None, "predicted": [7, 8], **more}
-
-
 def make_figures() -> dict[str, Any]:
     """Figures that differ wherever two might be mistaken for one another."""
+    names = ("fid", "fid_infinity", "precision", "recall", "density", "coverage", "confident")
+    first, second = ({name: start + 0.01 * n for n, name in enumerate(names)} for start in (0.11, 0.51))
+    second |= {"name": "unigram", "title": "unigram", "kid": 0.00123, "kid_std": None, "predicted": [7, 8]}
+    labelled = {"name": "real", "title": AWKWARD, "agreement": 0.9912, "agreement_by_class": [0.905, None]}
     likelihood = {"nats_per_code": 2.0, "bits_per_image": 141.4, "uniform": 6.238}
     p_values = {"p_closer_than_reconstructions": 1.234e-05, "p_reconstructions_closer_than_real": 0.0321}
     distance = {"real": 0.1511, "reconstructions": 0.1422, "samples": 0.1633}
@@ -23,10 +18,7 @@ def make_figures() -> dict[str, Any]:
     return {
         "origin": {"split": "test", "num_samples": 12, "classifier": "ab12cd34ef56789", "note": "<script>alert('&')"},
         "class_names": ["zero", AWKWARD],
-        "rows": [
-            make_row("real", AWKWARD, 0.11, agreement=0.9912, agreement_by_class=[0.905, None], kid_std=0.0004),
-            make_row("unigram", "unigram", 0.51),
-        ],
+        "rows": [second | first | labelled | {"kid_std": 0.0004}, second],
         "stage_one": {"squared_error": 3e-3, "psnr_db": 25.67, "ssim": 0.9712, "perplexity": 401.2, "codes_used": 512},
         "likelihood": {"train": {**likelihood, "unigram": 4.0}, "test": {**likelihood, "unigram": 3.2}},
         "without_label": {"num_maps": 100, "nats_per_code": 2.4474, "accuracy": 0.98765},
@@ -67,15 +59,12 @@ taken for|zero|{AWKWARD}
 unigram|7|8"""
 
 
-def test_the_tables_show_each_figure_under_its_head_and_none_where_there_is_none() -> None:
+def test_the_tables_show_each_figure_under_its_head_and_the_notes_say_where_sets_are_too_small_for_a_spread() -> None:
     figures = make_figures()
     assert "\n".join("\n".join([title, *map("|".join, rows)]) for title, rows in tabulate(figures)) == TABLES
     titles = [line for line in TABLES.splitlines() if "|" not in line and line[0].isupper()]
     del figures["without_label"], figures["classification_accuracy_score"]
     assert [title for title, _ in tabulate(figures | {"class_names": []})] == [titles[n] for n in (0, 2, 3, 5)]
-
-
-def test_what_stands_beside_the_tables_says_where_sets_are_too_small_for_a_spread() -> None:
     for num, expected in ((12, [NOTE, NOTE_ON_FEW]), (1000, [NOTE, NOTE_ON_FEW]), (1001, [NOTE])):
         assert notes({"origin": {"num_samples": num}}) == expected
     assert "no more than 1,000 images" in NOTE_ON_FEW

@@ -1,5 +1,3 @@
-"""A dataset's facts and splits."""
-
 import json
 from dataclasses import asdict, replace
 

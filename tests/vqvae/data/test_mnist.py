@@ -1,5 +1,3 @@
-"""MNIST's files: the splits that they become, and what is refused."""
-
 import hashlib
 import shutil
 import struct
@@ -17,7 +15,6 @@ from vqvae.errors import InputError, MissingFileError
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """The raw folder of a copy of the fixture."""
     processed = Path(shutil.copytree(FIXTURE, tmp_path / "data")) / "MNIST" / "processed"
     processed.mkdir()
     for name in ("training.pt", "test.pt"):  # torchvision prefers these files, which nothing checks; they are not read
@@ -100,9 +97,6 @@ def test_files_of_another_form_are_refused(raw: Path, part: str, images: bytes, 
 
 
 def test_a_folder_whose_name_is_too_long_is_refused(tmp_path: Path) -> None:
-    for download, message in (
-        (False, "expected the four MNIST files"),
-        (True, "to write MNIST to .*File name too long"),
-    ):
+    for download, message in enumerate(("expected the four MNIST files", "to write MNIST to .*File name too long")):
         with pytest.raises(InputError, match=message):
-            load_mnist(tmp_path / ("x" * 5000), download)
+            load_mnist(tmp_path / ("x" * 5000), bool(download))

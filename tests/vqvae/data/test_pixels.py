@@ -1,5 +1,3 @@
-"""The three ranges of pixel values, and what is refused of a caller's images."""
-
 import numpy as np
 import pytest
 import torch
@@ -24,10 +22,10 @@ def test_bytes_come_back_from_the_models_range_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("num", [5, 1])
-def test_a_callers_images_of_any_floating_type_and_number_are_taken(dtype: torch.dtype, num: int) -> None:
-    images = torch.linspace(0, 1, 24, dtype=dtype).reshape(1, 3, 2, 4).repeat(num, 1, 1, 1)
-    assert_close(from_unit_range(images, (3, 2, 4)), images.float() * 2 - 1)
+def test_a_callers_images_of_any_floating_type_and_number_are_taken(dtype: torch.dtype) -> None:
+    images = torch.linspace(0, 1, 24, dtype=dtype).reshape(1, 3, 2, 4).repeat(5, 1, 1, 1)
+    for some in (images, images[:1]):
+        assert_close(from_unit_range(some, (3, 2, 4)), some.float() * 2 - 1)
 
 
 @pytest.mark.parametrize(

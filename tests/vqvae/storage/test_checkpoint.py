@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.helpers import CPU
+from tests.helpers import devices
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage import checkpoint
 from vqvae.storage.checkpoint import Header, fingerprint, load, load_resume_state, read_header, save_resume_state
@@ -36,11 +36,8 @@ def save(path: Path, model: nn.Module | None = None, **changes: Any) -> Header:
 
 
 def assert_same_tensors(found: Any, expected: Any) -> None:
-    """Compare two state dicts."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor.cpu()), name
-        assert found[name].device == CPU
+    on_cpu = {name: tensor.cpu() for name, tensor in expected.items()}
+    torch.testing.assert_close(dict(found), on_cpu, rtol=0, atol=0)
 
 
 class Payload:
@@ -58,11 +55,7 @@ def sealed(content: bytes) -> bytes:
     return content + hashlib.sha256(content).hexdigest().encode()
 
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])])
-
-
-@DEVICES
+@devices
 def test_weights_and_header_are_read_back_on_the_cpu_as_they_were(tmp_path: Path, device: str) -> None:
     path = tmp_path / "vqvae.safetensors"
     written = save(path, build().to(device), vqvae_fingerprint="f" * 64)
@@ -145,8 +138,12 @@ def test_a_foreign_safetensors_file_and_a_changed_header_are_refused(tmp_path: P
             read_header(path, "vqvae")
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    path, message = tmp_path / "weights", r"found others; the file is damaged, create it anew with `train_vqvae\(\)`$"
+def test_weights_that_do_not_fit_or_are_not_finite_and_a_configuration_that_is_refused(tmp_path: Path) -> None:
+    path, model, message = (
+        tmp_path / "weights",
+        build(),
+        r"found others; the file is damaged, create it anew with `train_vqvae\(\)`$",
+    )
     for codebook in (build().codebook[:7], build().codebook.long(), None):
         other = build()
         other.codebook = codebook
@@ -154,12 +151,6 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
             header = save(path, saved)
             with pytest.raises(InputError, match=message):
                 load(path, header, lambda model=expected: model)
-
-
-def test_a_configuration_that_the_network_refuses_and_weights_that_are_not_finite_are_told_with_the_file(
-    tmp_path: Path,
-) -> None:
-    path, model = tmp_path / "weights", build()
     message = r"^expected a network's configuration in the header of .*weights: expected `width` between 4"
     with pytest.raises(InputError, match=message):
         load(path, save(path), lambda: require_range("width", 3, 4, 9))
@@ -186,7 +177,7 @@ def test_a_file_with_a_pickled_payload_is_refused_and_nothing_in_it_runs(tmp_pat
         assert mark.exists()
 
 
-@DEVICES
+@devices
 def test_a_resume_state_is_read_back_on_the_cpu_as_it_was(tmp_path: Path, device: str) -> None:
     model = build().to(device)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -1,5 +1,3 @@
-"""A file is written completely or not at all, and a bad file is refused in one sentence."""
-
 import errno
 import io
 import os
@@ -19,6 +17,7 @@ from vqvae.errors import InputError, MissingFileError
 from vqvae.storage import files
 from vqvae.storage.files import SCRATCH, make_folder, open_checked, read_at_most, write_arrays, write_atomically
 
+Patch = pytest.MonkeyPatch
 OLD, NEW = b"the last good file", b"n" * 100_000
 PARSERS_ERRORS = (OverflowError, AssertionError, AttributeError, EOFError, KeyError, IndexError, MemoryError, OSError)
 PARSERS_ERRORS += (RuntimeError, RecursionError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError)
@@ -38,19 +37,22 @@ def assert_unchanged(path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_and_its_folders_are_made(tmp_path: Path) -> None:
+def test_a_file_and_its_folders_are_made_by_the_main_process_alone(tmp_path: Path, monkeypatch: Patch) -> None:
     path = tmp_path / "a" / "b" / "file.bin"
     for content in (NEW, b""):
         write_atomically(path, content)
         assert path.read_bytes() == content
-    assert list(path.parent.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644  # other users may read it
+    monkeypatch.setattr(files, "is_main", lambda: False)
+    write_atomically(path, NEW)
+    assert path.read_bytes() == b""
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("moment", ["fdopen", "fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
 def test_a_write_that_breaks_off_leaves_what_was_there(
-    path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException
+    path: Path, monkeypatch: Patch, moment: str, error: BaseException
 ) -> None:
     def fail(*arguments: object) -> None:
         assert path.read_bytes() == OLD  # what a kill would leave: the old file, and a scratch file beside it
@@ -68,7 +70,7 @@ def test_a_write_that_breaks_off_leaves_what_was_there(
         assert_unchanged(path)
 
 
-def test_content_is_flushed_before_the_rename_and_the_folder_after(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_is_flushed_before_the_rename_and_the_folder_after(path: Path, monkeypatch: Patch) -> None:
     flush, flushed, short = os.fsync, [], b"short, so that it waits in the buffer"
 
     def note(descriptor: int) -> None:
@@ -82,12 +84,6 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after(path: Path, m
     assert flushed == [(path.stat().st_ino, len(short), False), (path.parent.stat().st_ino, None, True)]
 
 
-def test_of_several_processes_only_the_main_one_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "is_main", lambda: False)
-    write_atomically(path, NEW)
-    assert_unchanged(path)
-
-
 @pytest.mark.parametrize("reason", ["File too large", "File name too long", "Not a directory|File exists"])
 def test_what_the_operating_system_refuses_is_told_in_a_sentence(path: Path, reason: str) -> None:
     targets = {"File too large": path, "File name too long": path.with_name("x" * 300)}
@@ -99,9 +95,6 @@ def test_what_the_operating_system_refuses_is_told_in_a_sentence(path: Path, rea
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert_unchanged(path)
-
-
-def test_a_folder_is_made_or_the_reason_is_told(path: Path) -> None:
     for _ in range(2):
         make_folder(path.parent / "a" / "b")
     assert (path.parent / "a" / "b").is_dir()

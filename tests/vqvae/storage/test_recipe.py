@@ -1,5 +1,3 @@
-"""Settings from defaults, a recipe and overrides: what replaces what, and what is refused in which sentence."""
-
 import re
 from pathlib import Path
 from typing import Any
@@ -105,10 +103,7 @@ def test_a_recipe_has_a_table_for_each_stage_which_may_use_former_names(tmp_path
         (b"k = 8", r"recipe.toml: expected the tables \[vqvae\] and \[prior\], found 'k'"),
         (b"vqvae = 8", r"recipe.toml: expected the tables \[vqvae\] and \[prior\], found 'vqvae'"),
         (b"[vqvae\nk = 8", r"expected a TOML recipe at .*, found text that is not TOML: .*line 1.*; correct it there$"),
-        (
-            b"\x89PNG\xff\xfe",
-            r"expected a TOML recipe at .*/recipe.toml, found .* of another kind .*configs/mnist.toml",
-        ),
+        (b"\x89PNG\xff\xfe", r"expected a TOML recipe at .*/recipe.toml, found .* another kind .*configs/mnist.toml"),
         (b"#" * (MAX_RECIPE + 1), "found a file that is .* of another kind .*longer than 16384 bytes"),
     ],
     ids=range(6),

@@ -1,5 +1,3 @@
-"""Where runs lie: who may write to a folder, and which checkpoint is found where none is named."""
-
 import os
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,6 @@ def write(name: str, stage: str, age_s: int = 0, vqvae: Path | None = None, seed
 
 
 def take(folder: Path = MINE, stage: str = "vqvae", resume: bool = False, overwrite: bool = False) -> None:
-    """Start a run and end it at once."""
     with run_lock(folder, stage, resume, overwrite):
         assert (folder / stage).is_dir()
 
@@ -63,7 +60,7 @@ def test_a_run_is_only_replaced_or_resumed_on_request(left: Path) -> None:
     assert left.exists()  # the new run's first save replaces it, and nothing is deleted before
 
 
-def test_nothing_is_deleted_by_a_run_that_is_refused(workplace: Path) -> None:
+def test_a_run_that_is_refused_deletes_nothing_and_one_that_starts_what_was_left_half_written(workplace: Path) -> None:
     put(RESUME_FILE, SCRATCH_FILE, MINE / ".vqvae.safetensors.x.partial")
     put(SHIPPED / "vqvae/resume.pt", SHIPPED / ".vqvae.safetensors.x.partial")
     before = sorted(workplace.rglob("*"))
@@ -79,13 +76,10 @@ def test_nothing_is_deleted_by_a_run_that_is_refused(workplace: Path) -> None:
         with pytest.raises(InputError, match=f"expected to write to {folder}: .+; name another `output_folder`"):
             take(folder)
     assert sorted(workplace.rglob("*")) == before
-
-
-def test_what_a_killed_process_left_half_written_is_cleared_away_and_nothing_else() -> None:
-    left, others = [MINE / ".vqvae.safetensors.x.partial", SCRATCH_FILE], [MINE / ".prior.safetensors.x.partial"]
-    put(RESUME_FILE, *left, *others)  # another process is writing the prior
+    put(other := MINE / ".prior.safetensors.x.partial")  # another process is writing the prior
     take(resume=True)
-    assert [path.exists() for path in (RESUME_FILE, *left, *others)] == [True, False, False, True]
+    left = (RESUME_FILE, other, SCRATCH_FILE, MINE / ".vqvae.safetensors.x.partial")
+    assert [path.exists() for path in left] == [True, True, False, False]
 
 
 def test_a_folder_is_free_again_when_its_run_ends_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,21 +7,13 @@ VALUES = torch.randn(23, generator=torch.Generator().manual_seed(0))
 FIRST, SECOND, LAST = (part.mean().item() for part in VALUES.split(10))
 
 
-def averager_of(sizes: list[int]) -> MetricAverager:
-    averager = MetricAverager()
-    for part in VALUES.split(sizes):
-        averager.add({"x": part.mean(), "twice": 2 * part.mean()}, len(part))
-    return averager
-
-
-def test_averages_are_weighted_by_the_number_of_samples() -> None:
-    mean = VALUES.double().mean().item()
-    assert averager_of([10, 10, 3]).averages() == pytest.approx({"x": mean, "twice": 2 * mean}, rel=1e-6)
+def test_averages_weigh_samples_and_a_flush_gives_what_was_added_since_the_last_one() -> None:
+    averager, other, mean = MetricAverager(), MetricAverager(), VALUES.double().mean().item()
+    for part in VALUES.split(10):
+        for each in (averager, other):
+            each.add({"x": part.mean(), "twice": 2 * part.mean()}, len(part))
+    assert other.averages() == pytest.approx({"x": mean, "twice": 2 * mean}, rel=1e-6)
     assert abs((FIRST + SECOND + LAST) / 3 - mean) > 1e-3  # which an average of averages would not have met
-
-
-def test_a_flush_gives_what_was_added_since_the_last_one_and_loses_nothing() -> None:
-    averager = averager_of([10, 10, 3])
     assert averager.flush() == [{"x": x, "twice": 2 * x} for x in (FIRST, SECOND, LAST)]
     assert averager.flush() == []
     averager.add({"x": torch.tensor(7.0, requires_grad=True), "twice": torch.tensor(14.0)}, 1)

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from tests.helpers import log_rows
 from vqvae import distributed
 from vqvae.training.logs import RunLog
 
@@ -18,8 +18,7 @@ def write(folder: Path, first_step: int, steps: list[int], offset: float = 0.0) 
 
 def logged(folder: Path) -> list[tuple[int, float]]:
     """The curve of the loss, which is the same in both places."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    events = EventAccumulator(str(folder)).Reload()
+    rows, events = log_rows(folder), EventAccumulator(str(folder)).Reload()
     for name in ("loss/train", "lr"):
         curve = [(event.step, event.value) for event in events.Scalars(name)]
         assert curve == [(row["step"], row[name]) for row in rows]

@@ -1,6 +1,5 @@
 """The training loop, on a task that is no more than a small regression."""
 
-import json
 import math
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from tests.helpers import log_rows
 from vqvae.compute import derive_seed
 from vqvae.errors import InputError, Interrupted, MissingFileError
 from vqvae.storage.checkpoint import load_resume_state, save_resume_state
@@ -66,10 +66,6 @@ def train(task: Any, folder: Path, num_epochs: int = 4, resume: bool = False, **
     training = Training(**{"batch_size": BATCH, "num_epochs": num_epochs, "lr": 0.01, **changes})
     fit(task, training, Run(folder, 5, {"k": 8, "num_epochs": num_epochs}, resume))
     return task
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def before(patch: Patch, owner: Any, name: str, happens: Callable[[int], object]) -> None:
@@ -127,7 +123,7 @@ def test_an_epoch_is_saved_before_it_is_logged_printed_and_shown(tmp_path: Path,
 def test_the_log_has_averages_over_samples_and_a_steps_own_losses(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY", 4)
     toy = train(Toy(), tmp_path, num_epochs=1, schedule="one-cycle")
-    step, epoch = rows(tmp_path)
+    step, epoch = log_rows(tmp_path)
     losses, training = ("error", "worse", "row"), Training(lr=0.01, schedule="one-cycle")
     assert list(step) == ["step", *(f"{name}/train_step" for name in losses), "lr"]
     figures = ("figure/validation", "other/validation", "lr", "things_per_s", "epoch")
@@ -149,7 +145,7 @@ def test_a_run_is_saved_once_a_minute_and_logs_the_speed_of_its_steps(tmp_path: 
         train(Toy(), tmp_path)
     train(Toy(), tmp_path, num_epochs=2, resume=True)
     assert saved == [3, 6, 9, 11, 12]
-    assert [row["things_per_s"] for row in rows(tmp_path)] == pytest.approx([NUM / (25 * STEPS)] * 2)
+    assert [row["things_per_s"] for row in log_rows(tmp_path)] == pytest.approx([NUM / (25 * STEPS)] * 2)
 
 
 def test_the_epochs_with_the_lowest_figure_are_kept_in_parts_too_and_a_finished_run_stays(tmp_path: Path) -> None:
@@ -203,7 +199,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
     assert len(resumed.batches) == 4 * STEPS - kept_steps
     for folder in (tmp_path / "straight", tmp_path / "parts"):
         states.append(load_resume_state(folder / "resume.pt"))
-        logs.append(rows(folder))
+        logs.append(log_rows(folder))
         for timed in (states[-1]["report"], *logs[-1]):
             timed.pop("things_per_s", None)
         events = EventAccumulator(str(folder)).Reload()

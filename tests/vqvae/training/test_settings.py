@@ -12,13 +12,12 @@ from vqvae.training.settings import Training, learning_rate, make_optimizer
 PROGRESS = np.linspace(0, 1, 1001)
 
 
-def test_a_constant_rate_is_constant() -> None:
-    assert {learning_rate(Training(lr=0.3), progress) for progress in PROGRESS} == {0.3}
-
-
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.2])
-def test_a_one_cycle_rate_rises_in_a_line_to_its_peak_and_falls_by_half_a_cosine_to_zero(warmup: float) -> None:
+def test_a_constant_rate_stays_and_a_one_cycle_rate_rises_in_a_line_to_its_peak_and_falls_by_half_a_cosine_to_zero(
+    warmup: float,
+) -> None:
     training = Training(lr=0.3, schedule="one-cycle", warmup=warmup)
+    assert {learning_rate(Training(lr=0.3, warmup=warmup), progress) for progress in PROGRESS} == {0.3}
     falling = 0.3 * (1 + np.cos(math.pi * (PROGRESS - warmup) / (1 - warmup))) / 2
     expected = np.where(PROGRESS < warmup, 0.3 * PROGRESS / max(warmup, 1e-9), falling)
     assert [learning_rate(training, progress) for progress in PROGRESS] == pytest.approx(expected)
