@@ -1,7 +1,9 @@
 """The project's side of the benchmark: the training of both stages."""
 
+import io
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -74,7 +76,7 @@ def whole_run(task: Task, training: Training, seed: int = 0) -> Side:
     """A run of training by the project's own loop."""
 
     def run() -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             fit(task, training, Run(Path(folder), seed, settings={}))
 
     return run
