@@ -56,8 +56,7 @@ def draw_maps(
     Raises:
         InputError: an option out of its range, or labels or codes that do not exist.
     """
-    if num_samples < 1:
-        raise InputError(f"expected `num_samples` of at least 1, found {num_samples}; try `num_samples=100`")
+    _check_num(num_samples)
     if labels is None:
         if guidance != 1:
             raise InputError(f"expected labels with `guidance={guidance:g}`, found none; give `labels` too")
@@ -137,12 +136,11 @@ class Pair:
         Raises:
             InputError: an option out of its range, or a label that is no class.
         """
-        cycle = None if labels is None else torch.tensor([int(label) for label in labels], dtype=torch.int64)
+        cycle = None if labels is None else _to_tensor(labels)
         if cycle is not None and len(cycle) == 0:
             raise InputError("expected at least one label, found none; leave `labels` out to draw any")
         num = (1 if cycle is None else len(cycle)) if num_samples is None else num_samples
-        if num < 1:
-            raise InputError(f"expected `num_samples` of at least 1, found {num}; try `num_samples=100`")
+        _check_num(num)
         if cycle is None:
             drawn_labels = draw_labels(self.info.class_frequencies, num, _generator(derive_seed(seed, "labels")))
         else:
@@ -205,7 +203,7 @@ class Pair:
         indices = self.encode(images)
         if labels is None:
             return label_log_joint(self.prior, indices, self.info.class_frequencies).logsumexp(dim=1)
-        known = torch.tensor([int(label) for label in labels], dtype=torch.int64)
+        known = _to_tensor(labels)
         _check_labels(known, len(indices), self.prior.num_classes)
         return -nats_per_map(self.prior, indices, known)
 
@@ -241,7 +239,7 @@ class Pair:
             uniforms = torch.rand(len(known), generator=_generator(derive_seed(seed, "labels")), dtype=torch.float64)
             drawn_labels = invert_cumulative(joint.softmax(dim=1), uniforms)
         else:
-            drawn_labels = torch.tensor([int(label) for label in labels], dtype=torch.int64)
+            drawn_labels = _to_tensor(labels)
         known[:, num_rows:] = -1
         options["guidance"] = self._guidance(options.get("guidance"))
         generator = _generator(seed)
@@ -272,6 +270,15 @@ def load_pair(
     model, vqvae_header = load_vqvae(files[0], where)
     network, prior_header = load_prior(files[1], model, vqvae_header, where)
     return Pair(model, network, vqvae_header, prior_header, files)
+
+
+def _to_tensor(labels: Iterable[int]) -> Tensor:
+    return torch.tensor([int(label) for label in labels], dtype=torch.int64)
+
+
+def _check_num(num_samples: int) -> None:
+    if num_samples < 1:
+        raise InputError(f"expected `num_samples` of at least 1, found {num_samples}; try `num_samples=100`")
 
 
 def _check_labels(labels: Tensor, num: int, num_classes: int) -> None:

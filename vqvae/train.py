@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.codec import decode_images, encode_images
+from vqvae.codec import reconstruct_images
 from vqvae.compute import eval_mode, in_batches, pick_device
 from vqvae.data.dataset import Dataset, Split, digest
 from vqvae.data.mnist import load_mnist
@@ -150,8 +150,7 @@ class VQVAETask(Task):
             with eval_mode(self.vqvae):
                 log.graph(self.vqvae, (to_model_range(shown[:1]),))
         log.picture("original", grid(to_unit_range(to_model_range(shown))), step)
-        reconstructions = decode_images(self.vqvae, encode_images(self.vqvae, shown))
-        log.picture("reconstruction", grid(reconstructions), step)
+        log.picture("reconstruction", grid(reconstruct_images(self.vqvae, shown)[1]), step)
 
 
 def train_vqvae(

@@ -135,8 +135,7 @@ class _Loop:
             report = {}
             if self.step % LOG_EVERY == 0:
                 losses = self.read_losses()
-                rate = learning_rate(self.training, (self.step - 1) / self.total_steps)
-                report = {f"{name}/train_step": value for name, value in losses.items()} | {"lr": rate}
+                report = {f"{name}/train_step": value for name, value in losses.items()} | {"lr": self.last_rate()}
             if stop or save_due:
                 self.read_losses()
                 self.save(report)
@@ -177,8 +176,7 @@ class _Loop:
         self.require_finite_weights()
         report = {f"{name}/train": value for name, value in self.averager.averages().items()}
         report |= {f"{name}/validation": value for name, value in figures.items()}
-        rate = learning_rate(self.training, (self.step - 1) / self.total_steps)
-        report |= {"lr": rate, f"{self.task.unit}_per_s": samples_per_s, "epoch": epoch + 1}
+        report |= {"lr": self.last_rate(), f"{self.task.unit}_per_s": samples_per_s, "epoch": epoch + 1}
         if figures[best_by] < self.best:
             self.best = figures[best_by]
             self.task.save_best(figures)
@@ -195,6 +193,10 @@ class _Loop:
             self.bar.write(line)
         if "epoch" in report:
             self.task.show(self.log, int(report["epoch"]), self.step)
+
+    def last_rate(self) -> float:
+        """The learning rate of the last step."""
+        return learning_rate(self.training, (self.step - 1) / self.total_steps)
 
     def read_losses(self) -> dict[str, float]:
         """Read the losses of the steps since the last reading, and return the last step's.
