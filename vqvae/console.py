@@ -1,0 +1,128 @@
+"""What the program tells a person: results on standard output, remarks and progress on standard error.
+
+Telling never ends the work. A character that the stream cannot encode is escaped, and a stream that is closed or full
+is left alone. Of several processes the main one tells.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LINE_EVERY_S = 60.0  # between two lines of progress, where there is no terminal
+
+
+class LenientStream:
+    """A text stream on which writing never raises. It has everything else from the stream.
+
+    Args:
+        stream: None, as `sys.stdout` is where it was closed from the start, stands for nowhere.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream: TextIO | None = stream.stream if isinstance(stream, LenientStream) else stream
+
+    def write(self, text: str) -> int:
+        with suppress(BlockingIOError):  # the reader is slow; the next line may find space
+            self._try("write", self._encodable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BlockingIOError):
+            self._try("flush")
+
+    def isatty(self) -> bool:
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except ValueError:  # it is closed
+            return False
+
+    def _encodable(self, text: str) -> str:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+
+    def _try(self, method: str, *arguments: str) -> None:
+        try:
+            if self.stream is not None:
+                getattr(self.stream, method)(*arguments)
+        except BlockingIOError:
+            raise
+        except (OSError, ValueError):  # it is full, its reader is gone, or it was closed
+            self._lead_nowhere()
+
+    def _lead_nowhere(self) -> None:
+        """Give up the stream. What its buffer still holds would otherwise fail once more when the interpreter ends."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # type: ignore[union-attr]
+            os.close(nowhere)
+
+    def __eq__(self, other: object) -> bool:
+        return self.stream is getattr(other, "stream", other)  # tqdm looks for its bars' streams by ==
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def say(line: str) -> None:
+    """Print a line on standard output, above the progress bar if there is one."""
+    _print(line, sys.stdout)
+
+
+def remark(line: str) -> None:
+    """Print a line on standard error: what is no result, and no error either."""
+    _print(line, sys.stderr)
+
+
+def progress(total: int, unit: str, *, initial: int = 0, doing: str | None = None) -> "tqdm[Any]":
+    """A progress bar on standard error. Without a terminal it is a plain line a minute.
+
+    The environment variable TQDM_DISABLE turns it off.
+
+    Args:
+        total, initial: number of units, and how many of them are done already.
+        doing: what stands before the bar.
+    """
+    from tqdm import tqdm
+
+    from vqvae.distributed import is_main
+
+    off = not is_main() or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    common: dict[str, Any] = {"total": total, "unit": unit, "initial": initial, "desc": doing, "disable": off}
+    stream = LenientStream(sys.stderr)
+    if stream.isatty():
+        return tqdm(file=stream, dynamic_ncols=True, **common)
+    every: dict[str, Any] = {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S, "delay": LINE_EVERY_S}
+    return tqdm(file=_Lines(stream), ncols=0, **every, **common)
+
+
+class _Lines:
+    """Where tqdm writes if there is no terminal. What would be drawn over the line before becomes a line of its own."""
+
+    encoding = "ascii"  # so that tqdm draws its bar with plain characters
+
+    def __init__(self, stream: LenientStream) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            self.stream.write(f"{line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _print(line: str, stream: TextIO | None) -> None:
+    from tqdm import tqdm
+
+    from vqvae.distributed import is_main
+
+    if is_main():
+        with tqdm.external_write_mode(file=stream):
+            print(line, file=LenientStream(stream), flush=True)
