@@ -117,7 +117,7 @@ def test_what_cannot_be_written_is_told_in_a_sentence_and_before_anything_is_mad
     os.mkfifo(path.parent / "pipe")
     before, target = sorted(path.parent.rglob("*")), path.parent / name
     file_is_refused = rf"^expected to write .*: ({(FILES | NOT_FILES)[name]}); name a place that can be written$"
-    folder_is_refused = rf"^expected to write to .*: ({FILES.get(name)}); name another folder$"
+    folder_is_refused = rf"^expected to write to .*: ({FILES.get(name)}); name another (folder|`output_folder`)$"
     with pytest.raises(InputError, match=file_is_refused):
         require_writable_file(target)
     if name in FILES:
@@ -247,6 +247,13 @@ def test_a_parsers_text_cannot_fill_or_control_the_terminal(path: Path) -> None:
         with pytest.raises(InputError) as raised, open_checked(path, "a note", "write one"):
             raise ValueError(text)
         assert str(raised.value).endswith(f"of another kind (ValueError{shown[text]}); write one")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_is_never_to_be_replaced(path: Path, monkeypatch: Patch, code: int) -> None:
+    refuse(monkeypatch, os, "open", code)
+    with pytest.raises(InputError, match=f"found what can't be read: {os.strerror(code)}; make it readable$"):
+        open_checked(path, "a run to resume", "start anew").__enter__()
 
 
 def test_no_more_is_read_than_the_limit() -> None:
