@@ -154,9 +154,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     if not is_main():
         return
     with refusals(f"expected to write {path}", "name a place that can be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)  # another, if there is a link to a file that is not there yet
+        for folder in (path.parent, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         # The name is cut because it may already be as long as the file system allows.
         scratch = target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}{SCRATCH}")
         try:
