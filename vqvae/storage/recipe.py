@@ -38,9 +38,7 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
     """
     with open_checked(path, "a TOML recipe", "name another, such as configs/mnist.toml") as file:
         try:
-            text = read_at_most(file, MAX_RECIPE).decode(
-                "utf-8-sig"
-            )  # some editors begin a file with a byte-order mark
+            text = read_at_most(file, MAX_RECIPE).decode("utf-8-sig")  # with or without a byte-order mark
         except UnicodeDecodeError:
             text = "\0"
         if "\0" in text:  # as every second character of UTF-16 is
@@ -121,8 +119,7 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         InputError: it does not; the message names the setting.
     """
     if not low <= value <= high:  # so that NaN is refused too
-        found = str(value).removesuffix(".0")  # all digits, or 1.0000001 would be shown as 1
-        raise InputError(f"expected `{name}` between {low:g} and {high:g}, found {found}; set it within that range")
+        raise InputError(f"expected `{name}` between {low:g} and {high:g}, found {value:g}; set it within that range")
 
 
 def _field_types(cls: type) -> dict[str, Any]:
