@@ -87,15 +87,10 @@ def shard(items: Iterable[T]) -> Iterator[T]:
 def batch_shard(num: int) -> slice:
     """This process's share of a batch of `num` samples. The shares are in order and nearly equal.
 
-    Raises:
-        InputError: there are fewer samples than processes.
+    Where there are fewer samples than processes some shares are empty, but never the main process's.
     """
-    if num < world_size():
-        raise InputError(
-            f"expected at least one sample of every batch for each of {world_size()} processes, found a batch of "
-            f"{num}; choose another `batch_size`, or fewer processes"
-        )
-    return slice(num * rank() // world_size(), num * (rank() + 1) // world_size())
+    start, stop = (-(-num * number // world_size()) for number in (rank(), rank() + 1))  # rounded up
+    return slice(start, stop)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -111,9 +106,12 @@ def all_reduce_mean(mean: Tensor, num: int) -> Tensor:
     """The mean over all processes' samples, from each process's mean over its own `num` samples.
 
     The gradient is that of the process's own mean. `sum_gradients` then adds these up to the gradient of the whole.
+    The mean of an empty share is not a number, and counts as 0.
     """
     if world_size() == 1:
         return mean
+    if num == 0:
+        mean = mean.nan_to_num(0.0)
     total = all_reduce_sum(torch.cat([mean.flatten() * num, mean.new_tensor([num])]))
     return mean + ((total[:-1] / total[-1]).view_as(mean) - mean).detach()
 
@@ -147,7 +145,11 @@ def sum_gradients(model: nn.Module, weight: float) -> None:
     """
     if world_size() == 1:
         return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:  # an empty share gives none
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]) * weight)
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

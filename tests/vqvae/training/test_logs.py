@@ -46,7 +46,7 @@ def test_going_on_drops_lines_that_are_cut_short_or_damaged(tmp_path: Path, dama
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "loss": 1.0}\n'
 
 
-def test_a_flush_puts_all_on_disk_and_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_on_disk_at_once_and_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         with RunLog(tmp_path / str(rank), 0) as log:
@@ -55,8 +55,7 @@ def test_a_flush_puts_all_on_disk_and_only_rank_0_writes(tmp_path: Path, monkeyp
             log.graph(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.zeros(1, 2),))
             log.scalars({}, 3)
             assert (tmp_path / "0" / "metrics.jsonl").read_text() == '{"step": 3}\n'
-            log.flush()  # not yet closed
-            events = EventAccumulator(str(tmp_path / "0")).Reload()
+            events = EventAccumulator(str(tmp_path / "0")).Reload()  # the log is not yet closed
     assert [(event.step, event.width, event.height) for event in events.Images("samples")] == [(1, 6, 4), (2, 6, 4)]
     assert any("Linear" in node.name for node in events.Graph().node)
     assert not (tmp_path / "1").exists()
