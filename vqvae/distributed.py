@@ -6,36 +6,103 @@ function, in the same order.
 """
 
 import io
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from itertools import islice
-from typing import TypeVar
+from signal import SIGINT
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqvae.errors import InputError
+from vqvae.errors import InputError, Interrupted
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
+
+
+class PeerLost(Exception):
+    """Another process ended while this one waited for it."""
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Inside, torchrun's processes are connected, by gloo for tensors on the CPU and by NCCL on CUDA.
 
-    Only the main process prints.
+    Only the main process prints. An error that ends the work is raised in one process, the first that meets it. All
+    others end without a word, with the same exit status.
+
+    Raises:
+        InputError: a process raised it, or a process ended without a word of its own.
+        Interrupted: a process raised it.
     """
     # The first optimiser would import this module later. It would then keep the group in its functions' default
     # arguments until the interpreter ends, where a worker thread of the group may abort a process that had finished.
     import torch.distributed.nn.functional
+    from torch.distributed.rendezvous import rendezvous
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store: Store | None = None
     try:
-        with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+        with _meeting():
+            store, number, num_processes = next(rendezvous("env://"))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=number, world_size=num_processes)
+        with _silence() if not is_main() else nullcontext():
             yield
+    except (InputError, Interrupted) as error:
+        if not _is_first(store, otherwise=True):
+            raise SystemExit(128 + error.signal if isinstance(error, Interrupted) else 1) from None
+        raise
+    except PeerLost:
+        if not _is_first(store, otherwise=False):
+            raise SystemExit(1) from None
+        raise InputError(
+            "expected all processes to go on, found that one has ended; what it saved stays, and training goes on from "
+            "there with `resume=True`"
+        ) from None
+    except KeyboardInterrupt:  # before training began, which would answer it after a step
+        raise SystemExit(128 + SIGINT) from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Inside, this process waits for the others.
+
+    Raises:
+        PeerLost: one of them has ended.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # all that gloo, NCCL and the store raise
+        raise PeerLost from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _is_first(store: "Store | None", otherwise: bool) -> bool:
+    """Whether this process is the first of all to ask.
+
+    Args:
+        otherwise: the answer if there is nobody left who knows.
+    """
+    own = str(os.getpid())
+    try:
+        return otherwise if store is None else store.compare_set("first", "", own) == own.encode()
+    except RuntimeError:
+        return otherwise
 
 
 def rank() -> int:
@@ -67,16 +134,17 @@ def require_one_process(task: str) -> None:
 def main_first() -> Iterator[None]:
     """The main process runs the block alone, then the others run it. They find on disk what the main one wrote."""
     if not is_main():
-        dist.barrier()
+        barrier()
     yield
-    if is_main() and world_size() > 1:
-        dist.barrier()
+    if is_main():
+        barrier()
 
 
 def barrier() -> None:
     """Wait until every process has come here."""
     if world_size() > 1:
-        dist.barrier()
+        with _meeting():
+            dist.barrier()
 
 
 def shard(items: Iterable[T]) -> Iterator[T]:
@@ -98,7 +166,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
-    dist.all_reduce(total)
+    with _meeting():
+        dist.all_reduce(total)
     return total
 
 
@@ -126,14 +195,16 @@ def all_gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _meeting():
+        dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
 def broadcast(tensor: Tensor) -> Tensor:
     """The main process's tensor, in every process."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=0)
+        with _meeting():
+            dist.broadcast(tensor, src=0)
     return tensor
 
 

@@ -156,7 +156,7 @@ class _Loop:
                 losses = self.read_losses()
                 scalars = {f"{name}/train_step": value for name, value in losses.items()} | {"lr": self.last_rate()}
                 self.unlogged.append((self.step, scalars))
-                self.bar.set_postfix_str(f"loss {next(iter(losses.values())):.4f}", refresh=False)
+                self.bar.set_postfix_str(f"loss {next(iter(scalars.values())):.4f}", refresh=False)
             if stop or save_due:
                 self.read_losses()
                 self.save()
