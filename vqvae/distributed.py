@@ -7,10 +7,10 @@ function, in the same order.
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from itertools import islice
-from signal import SIGINT
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -33,11 +33,11 @@ class PeerLost(Exception):
 def process_group() -> Iterator[None]:
     """Inside, torchrun's processes are connected, by gloo for tensors on the CPU and by NCCL on CUDA.
 
-    Only the main process prints. An error that ends the work is raised in one process, the first that meets it. All
-    others end without a word, with the same exit status.
+    Only the main process prints. What ends the work is raised in one process, the first that meets it. The others end
+    without a word, with the same exit status.
 
     Raises:
-        InputError: a process raised it, or a process ended without a word of its own.
+        InputError: a process raised it, or one ended without a word of its own.
         Interrupted: a process raised it.
     """
     # The first optimiser would import this module later. It would then keep the group in its functions' default
@@ -53,19 +53,17 @@ def process_group() -> Iterator[None]:
             dist.init_process_group(backend, store=store, rank=number, world_size=num_processes)
         with _silence() if not is_main() else nullcontext():
             yield
-    except (InputError, Interrupted) as error:
-        if not _is_first(store, otherwise=True):
-            raise SystemExit(128 + error.signal if isinstance(error, Interrupted) else 1) from None
-        raise
-    except PeerLost:
-        if not _is_first(store, otherwise=False):
+    except (InputError, Interrupted, SystemExit) as error:
+        if (status := _status(error)) in (0, None) or _is_first(store):
+            raise
+        raise SystemExit(status) from None
+    except PeerLost as lost:
+        if not _is_first(store):
             raise SystemExit(1) from None
         raise InputError(
-            "expected all processes to go on, found that one has ended; what it saved stays, and training goes on from "
-            "there with `resume=True`"
+            f"expected all processes to go on, found that one has ended ({lost}); what was saved stays, and training "
+            f"goes on from there with `resume=True`"
         ) from None
-    except KeyboardInterrupt:  # before training began, which would answer it after a step
-        raise SystemExit(128 + SIGINT) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -83,7 +81,8 @@ def _meeting() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # all that gloo, NCCL and the store raise
-        raise PeerLost from error
+        first_line = str(error).partition("\n")[0][:200]
+        raise PeerLost(re.sub(r"\[[^]]*\] ?", "", first_line)) from None  # without places in gloo's source
 
 
 @contextmanager
@@ -92,17 +91,22 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _is_first(store: "Store | None", otherwise: bool) -> bool:
-    """Whether this process is the first of all to ask.
-
-    Args:
-        otherwise: the answer if there is nobody left who knows.
-    """
+def _is_first(store: "Store | None") -> bool:
+    """Whether this process is the first of all to ask. Where nobody can tell, it is the main one."""
     own = str(os.getpid())
     try:
-        return otherwise if store is None else store.compare_set("first", "", own) == own.encode()
-    except RuntimeError:
-        return otherwise
+        if store is not None:
+            return bool(store.compare_set("first", "", own) == own.encode())
+    except RuntimeError:  # the process that held the store has ended
+        pass
+    return os.environ.get("RANK") == "0"
+
+
+def _status(error: InputError | Interrupted | SystemExit) -> int | str | None:
+    """The exit status of a process that ends by an error."""
+    if isinstance(error, SystemExit):
+        return error.code
+    return 128 + error.signal if isinstance(error, Interrupted) else 1
 
 
 def rank() -> int:
