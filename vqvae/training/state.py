@@ -90,7 +90,8 @@ def _check(
     _check_averages(state["averages"], position, min(position * training.batch_size, num_samples))
     # Before the first evaluation the best is infinity.
     _require(type(best) is float and (math.isfinite(best) if step >= epoch_steps else best == math.inf), "no best")
-    _require(_are_scalars(figures) and (not figures or position == 0), "figures that are none")
+    _require(_are_scalars(figures), "figures that are none")
+    _require(not figures or (position == 0 and best in figures.values()), "figures of another epoch")
     _check_log(state["log_from"], state["unlogged"], step, epoch_steps)
 
 
@@ -101,7 +102,7 @@ def _require(holds: bool, found: str) -> None:
 
 def _check_settings(saved: Any, given: Mapping[str, Any]) -> None:
     plain = (str, int, float, bool, type(None))
-    _require(type(saved) is dict and all(type(name) is str for name in saved), "settings that are none")
+    _require(type(saved) is dict and all(map(_is_name, saved)), "settings that are none")
     _require(all(type(value) in plain for value in saved.values()), "settings that are none")
     for name in sorted({*saved, *given} - {"num_epochs"}):
         if saved.get(name) != given.get(name):
@@ -171,6 +172,10 @@ def _fits(found: Any, expected: Tensor) -> bool:
     )
 
 
+def _is_name(value: Any) -> bool:
+    return type(value) is str and value.isprintable()
+
+
 def _is_count(value: Any, least: int) -> bool:
     return type(value) is int and least <= value < 2**53
 
@@ -178,9 +183,7 @@ def _is_count(value: Any, least: int) -> bool:
 def _are_scalars(values: Any) -> bool:
     """Whether these are named numbers, as the log takes them."""
     return type(values) is dict and all(
-        type(name) is str
-        and name.isprintable()
-        and (_is_count(value, 0) or (type(value) is float and math.isfinite(value)))
+        _is_name(name) and (_is_count(value, 0) or (type(value) is float and math.isfinite(value)))
         for name, value in values.items()
     )
 
