@@ -25,7 +25,7 @@ from prior.train import PriorTask, PriorTraining, evaluate_prior
 from tests.helpers import CPU, log_rows, make_dataset, make_prior, make_split, make_vqvae
 from vqvae.data.dataset import Dataset
 from vqvae.distributed import all_gather, barrier, batch_shard, is_main, main_first, process_group, rank, world_size
-from vqvae.errors import Interrupted
+from vqvae.errors import InputError, Interrupted
 from vqvae.model import VQVAEConfig
 from vqvae.predictor import CausalPredictor
 from vqvae.quantizer import VectorQuantizer
@@ -52,13 +52,13 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 class Line(Task):
-    """A regression in float64, in batches of 7, 7 and 6. The last process asks for the end in a step."""
+    """A regression in float64, in batches of 7, 7 and 1. The last process asks for the end in a step."""
 
     unit, best_by = "things", "figure"
 
     def __init__(self, stops_in: int = 0) -> None:
         torch.manual_seed(1)
-        self.model, self.data = nn.Linear(3, 1).double(), (torch.randn(20, 3, dtype=torch.float64),)
+        self.model, self.data = nn.Linear(3, 1).double(), (torch.randn(15, 3, dtype=torch.float64),)
         self.stops_in, self.drawn = stops_in, []
 
     def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
@@ -78,14 +78,14 @@ class Line(Task):
 
 
 def train_everything(folder: Path) -> dict[str, Any]:
-    """A line, stopped and gone on with, and both stages, in batches of 10, 10, 10 and 7."""
+    """A line, stopped and gone on with, and both stages, in batches of 12, 12, 12 and 1."""
     line, resumed, own = Line(stops_in=2), Line(), folder / f"rank{rank()}"
     with suppress(Interrupted):
         line.run(folder / "line", 2)
     barrier()  # the main process has saved
     resumed.run(folder / "line", 2, resume=True)
     for stage, options in (("vqvae", {}), ("prior", {"dropout": 0.0})):
-        options |= {"batch_size": 10, "num_epochs": 1, "lr": 1e-4}
+        options |= {"batch_size": 12, "num_epochs": 1, "lr": 1e-4}
         with patch("vqvae.training.logs.RunLog.graph"):  # half a second each
             task = make_task(stage, make_dataset(37), own / f"{stage}.safetensors", **options)
             fit(task, task.training, Run(own / stage, 0, task.settings))
@@ -135,17 +135,42 @@ def other_threads() -> int:  # that Python does not know
     return max(0, len(list(Path("/proc/self/task").glob("*"))) - threading.active_count())
 
 
+def ending(port: str, ends: Exception | None) -> Any:
+    """How this process ends: by what it tells, or in silence with a status."""
+    try:
+        with patch.dict(os.environ, MASTER_PORT=port), process_group():
+            if ends is not None:
+                raise ends
+            barrier()
+    except (InputError, Interrupted) as told:
+        return str(told)
+    except SystemExit as end:
+        return end.code
+
+
+def endings(number: int, num: int) -> list[Any]:
+    """How this process ends when all, the last or the first meet a mistake, and when all get a signal."""
+    mistake, ports = InputError("a mistake"), os.environ["PORTS"].split()
+    cases = [(mistake, True), (mistake, number == num - 1), (mistake, number == 0), (Interrupted(15, 7), True)]
+    return [ending(port, error if meets else None) for port, (error, meets) in zip(ports, cases, strict=True)]
+
+
 def one_rank(number: int, folder: Path) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
     with folder.joinpath(f"{number}.txt").open("w") as sys.stdout, process_group():
         found = everything(folder) | {"inside": other_threads()}
-    torch.save(found | {"after": other_threads()}, folder / f"{number}.pt")
+    found |= {"after": other_threads(), "endings": endings(number, int(os.environ["WORLD_SIZE"]))}
+    torch.save(found, folder / f"{number}.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for num in (2, 3):
-        port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-        os.environ |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+        port, *others = [str(server.getsockname()[1]) for server in servers]
+        for server in servers:
+            server.close()
+        os.environ |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ["PORTS"] = " ".join(others)
         (folder := Path(sys.argv[1]) / str(num)).mkdir()
         start_processes(one_rank, (folder,), nprocs=num, start_method="fork")

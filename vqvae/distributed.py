@@ -6,36 +6,107 @@ function, in the same order.
 """
 
 import io
+import os
+import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqvae.errors import InputError
+from vqvae.errors import InputError, Interrupted
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
+
+
+class PeerLost(Exception):
+    """Another process ended while this one waited for it."""
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Inside, torchrun's processes are connected, by gloo for tensors on the CPU and by NCCL on CUDA.
 
-    Only the main process prints.
+    Only the main process prints. What ends the work is raised in one process, the first that meets it. The others end
+    without a word, with the same exit status.
+
+    Raises:
+        InputError: a process raised it, or one ended without a word of its own.
+        Interrupted: a process raised it.
     """
     # The first optimiser would import this module later. It would then keep the group in its functions' default
     # arguments until the interpreter ends, where a worker thread of the group may abort a process that had finished.
     import torch.distributed.nn.functional
+    from torch.distributed.rendezvous import rendezvous
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store: Store | None = None
     try:
-        with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+        with _meeting():
+            store, number, num_processes = next(rendezvous("env://"))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=number, world_size=num_processes)
+        with _silence() if not is_main() else nullcontext():
             yield
+    except (InputError, Interrupted, SystemExit) as error:
+        if (status := _status(error)) in (0, None) or _is_first(store):
+            raise
+        raise SystemExit(status) from None
+    except PeerLost as lost:
+        if not _is_first(store):
+            raise SystemExit(1) from None
+        raise InputError(
+            f"expected all processes to go on, found that one has ended ({lost}); what was saved stays, and training "
+            f"goes on from there with `resume=True`"
+        ) from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Inside, this process waits for the others.
+
+    Raises:
+        PeerLost: one of them has ended.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # all that gloo, NCCL and the store raise
+        first_line = str(error).partition("\n")[0][:200]
+        raise PeerLost(re.sub(r"\[[^]]*\] ?", "", first_line)) from None  # without places in gloo's source
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _is_first(store: "Store | None") -> bool:
+    """Whether this process is the first of all to ask. Where nobody can tell, it is the main one."""
+    own = str(os.getpid())
+    try:
+        if store is not None:
+            return bool(store.compare_set("first", "", own) == own.encode())
+    except RuntimeError:  # the process that held the store has ended
+        pass
+    return os.environ.get("RANK") == "0"
+
+
+def _status(error: InputError | Interrupted | SystemExit) -> int | str | None:
+    """The exit status of a process that ends by an error."""
+    if isinstance(error, SystemExit):
+        return error.code
+    return 128 + error.signal if isinstance(error, Interrupted) else 1
 
 
 def rank() -> int:
@@ -67,16 +138,17 @@ def require_one_process(task: str) -> None:
 def main_first() -> Iterator[None]:
     """The main process runs the block alone, then the others run it. They find on disk what the main one wrote."""
     if not is_main():
-        dist.barrier()
+        barrier()
     yield
-    if is_main() and world_size() > 1:
-        dist.barrier()
+    if is_main():
+        barrier()
 
 
 def barrier() -> None:
     """Wait until every process has come here."""
     if world_size() > 1:
-        dist.barrier()
+        with _meeting():
+            dist.barrier()
 
 
 def shard(items: Iterable[T]) -> Iterator[T]:
@@ -87,15 +159,10 @@ def shard(items: Iterable[T]) -> Iterator[T]:
 def batch_shard(num: int) -> slice:
     """This process's share of a batch of `num` samples. The shares are in order and nearly equal.
 
-    Raises:
-        InputError: there are fewer samples than processes.
+    Where there are fewer samples than processes some shares are empty, but never the main process's.
     """
-    if num < world_size():
-        raise InputError(
-            f"expected at least one sample of every batch for each of {world_size()} processes, found a batch of "
-            f"{num}; choose another `batch_size`, or fewer processes"
-        )
-    return slice(num * rank() // world_size(), num * (rank() + 1) // world_size())
+    start, stop = (-(-num * number // world_size()) for number in (rank(), rank() + 1))  # rounded up
+    return slice(start, stop)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -103,7 +170,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
-    dist.all_reduce(total)
+    with _meeting():
+        dist.all_reduce(total)
     return total
 
 
@@ -111,9 +179,12 @@ def all_reduce_mean(mean: Tensor, num: int) -> Tensor:
     """The mean over all processes' samples, from each process's mean over its own `num` samples.
 
     The gradient is that of the process's own mean. `sum_gradients` then adds these up to the gradient of the whole.
+    The mean of an empty share is not a number, and counts as 0.
     """
     if world_size() == 1:
         return mean
+    if num == 0:
+        mean = mean.nan_to_num(0.0)
     total = all_reduce_sum(torch.cat([mean.flatten() * num, mean.new_tensor([num])]))
     return mean + ((total[:-1] / total[-1]).view_as(mean) - mean).detach()
 
@@ -128,14 +199,16 @@ def all_gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _meeting():
+        dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
 def broadcast(tensor: Tensor) -> Tensor:
     """The main process's tensor, in every process."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=0)
+        with _meeting():
+            dist.broadcast(tensor, src=0)
     return tensor
 
 
@@ -147,7 +220,11 @@ def sum_gradients(model: nn.Module, weight: float) -> None:
     """
     if world_size() == 1:
         return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:  # an empty share gives none
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]) * weight)
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

@@ -206,7 +206,8 @@ def _draw_rows(vectors: Tensor, num: int) -> Tensor:
     order = torch.randperm(sum(sizes), device=vectors.device)
     drawn = broadcast(order.repeat(-(-num // len(order)))[:num]) - first
     own = (drawn >= 0) & (drawn < len(vectors))
-    rows = all_reduce_sum(torch.where(own[:, None], vectors[drawn.clamp(0, len(vectors) - 1)], 0))
+    some = vectors if len(vectors) > 0 else vectors.new_zeros(1, vectors.shape[1])  # another process has them all
+    rows = all_reduce_sum(torch.where(own[:, None], some[drawn.clamp(0, len(some) - 1)], 0))
     mean = all_reduce_mean(vectors.mean(), len(vectors))
     spread = all_reduce_mean((vectors - mean).square().mean(), len(vectors)).sqrt().clamp(min=1e-2)
     return rows + broadcast(torch.randn_like(rows)) * spread * JITTER

@@ -8,15 +8,18 @@ order comes from a generator of its own. The global generator (dropout, label dr
 before every step. So resuming needs the step count, the weights, the optimiser's state and the averages of the epoch so
 far, and nothing else.
 
-Within an epoch the order is: train, evaluate, save, and only then log, print and draw. What was computed is on disk
-before anything that could fail for the sake of showing it.
+Within an epoch the order is: train, evaluate, save the state, save the weights if they are the best, and only then log,
+print and draw. What was computed is on disk before anything that could fail for the sake of showing it. A run that was
+killed between the two saves makes up for the second when it is resumed. Before its first save a run writes nothing, so
+that nothing of a run that it replaces is lost too early.
 
 Under torchrun every process holds all the data and takes its share of each batch (vqvae/distributed.py).
 """
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqvae.compute import derive_seed, multiplies_bfloat16, seed_globally
+from vqvae.compute import derive_seed, memory_for, multiplies_bfloat16, seed_globally
 from vqvae.console import progress, say
 from vqvae.distributed import any_rank, barrier, batch_shard, is_main, rank, sum_gradients
 from vqvae.errors import InputError, Interrupted
@@ -34,6 +37,7 @@ from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.settings import Training, learning_rate, make_optimizer
 from vqvae.training.signals import StopRequest, catch_signals
+from vqvae.training.state import load_state, require_same_losses
 
 LOG_EVERY = 50  # steps between readings of the losses; each reading waits for the device
 SAVE_EVERY_S = 60.0  # the most work that a kill may cost
@@ -60,7 +64,8 @@ class Task:
         raise NotImplementedError
 
     def save_best(self, figures: dict[str, float]) -> None:
-        """Keep the weights. Called after every epoch that is the best so far, with its figures."""
+        """Keep the weights. Called after every epoch that is the best so far, with its figures. A run that is resumed
+        right after such an epoch calls it once more, with the same weights and figures."""
 
     def show(self, log: RunLog, epoch: int, step: int) -> None:
         """Log pictures. Called with the numbers of finished epochs and steps, when everything is saved."""
@@ -70,7 +75,7 @@ class Task:
 class Run:
     """Where and how a task is trained."""
 
-    folder: Path  # gets `resume.pt`, TensorBoard's events and `metrics.jsonl`
+    folder: Path | None  # gets `resume.pt`, TensorBoard's events and `metrics.jsonl`; None: nothing is saved or logged
     seed: int
     settings: Mapping[str, Any]  # all that the result depends on; a resumed run must have the same, but for num_epochs
     resume: bool = False  # go on from `resume.pt`; the result equals that of a run never stopped
@@ -81,10 +86,11 @@ def fit(task: Task, training: Training, run: Run) -> None:
 
     Raises:
         Interrupted: SIGINT or SIGTERM came. All that was done is saved.
-        InputError: there is nothing to resume, or it has other settings; the folder can't be written; or a loss is
-            not finite.
+        InputError: there is nothing to resume, or it has other settings; the folder can't be written; memory runs out;
+            or a loss is not finite. The last good save is intact.
     """
-    _Loop(task, training, run).train()
+    with memory_for("batch_size"):
+        _Loop(task, training, run).train()
 
 
 class _Loop:
@@ -95,17 +101,25 @@ class _Loop:
         self.low_precision = training.mixed_precision and multiplies_bfloat16(self.device)
         self.epoch_steps = math.ceil(self.num_samples / training.batch_size)
         self.total_steps = self.epoch_steps * training.num_epochs
-        self.resume_file = run.folder / "resume.pt"
+        self.resume_file = (run.folder or Path()) / "resume.pt"
         self.step, self.best, self.averager = 0, math.inf, MetricAverager()
-        self.saved_report = self.load() if run.resume else {}
+        self.figures: dict[str, float] = {}  # of the last epoch, if it is the best
+        self.log: RunLog | None = None  # opened after the first save
+        self.closing = ExitStack()  # closes it
+        self.log_from = 0  # what the log on disk has of this step and later is dropped; 0: all of it
+        self.unlogged: list[tuple[int, dict[str, float]]] = []  # steps and their scalars, saved before they are logged
+        if run.resume:
+            state = load_state(self.resume_file, run.settings, training, task.model, self.optimizer, self.num_samples)
+            self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
+            self.log_from, self.unlogged = state["log_from"], state["unlogged"]
+            self.averager = MetricAverager(state["averages"] if is_main() else None)
         self.last_losses: dict[str, float] = {}
         self.saved_step, self.saved_s = self.step, time.monotonic()
-        self.log = RunLog(run.folder, self.step)
         self.bar = progress(self.total_steps, "step", initial=self.step)
 
     def train(self) -> None:
-        with self.log, self.bar, catch_signals() as request:
-            self.publish(self.saved_report)  # the log has dropped it, or the run was killed before it was logged
+        with self.closing, self.bar, catch_signals() as request:
+            self.make_up()
             for epoch in range(self.step // self.epoch_steps, self.training.num_epochs):
                 self.bar.set_description(f"epoch {epoch + 1}/{self.training.num_epochs}", refresh=False)
                 first_step, started_s = self.step, time.perf_counter()
@@ -117,6 +131,14 @@ class _Loop:
                 if stop and epoch + 1 < self.training.num_epochs:
                     raise Interrupted(request.signal or SIGTERM, self.step)
         barrier()  # the best weights are on disk
+
+    def make_up(self) -> None:
+        """Do what was still to be done in the step that the run goes on from, if it ended an epoch."""
+        if self.step > 0 and self.step % self.epoch_steps == 0:
+            self.save_best()
+            self.publish()
+        if self.step == self.total_steps:
+            say(f"nothing is left to do: all {self.training.num_epochs} epochs are done")
 
     def train_epoch(self, epoch: int, request: StopRequest) -> None:
         """Take the epoch's remaining steps. Between them: read the losses, save, then log."""
@@ -130,16 +152,15 @@ class _Loop:
             if self.step == end:
                 return
             stop, save_due = any_rank(request.signal is not None, time.monotonic() - self.saved_s > SAVE_EVERY_S)
-            report = {}
             if self.step % LOG_EVERY == 0:
                 losses = self.read_losses()
-                report = {f"{name}/train_step": value for name, value in losses.items()} | {"lr": self.last_rate()}
+                scalars = {f"{name}/train_step": value for name, value in losses.items()} | {"lr": self.last_rate()}
+                self.unlogged.append((self.step, scalars))
+                self.bar.set_postfix_str(f"loss {next(iter(scalars.values())):.4f}", refresh=False)
             if stop or save_due:
                 self.read_losses()
-                self.save(report)
-            if report:
-                self.bar.set_postfix_str(f"loss {next(iter(report.values())):.4f}", refresh=False)
-            self.publish(report)
+                self.save()
+            self.publish()
             if stop:
                 raise Interrupted(request.signal or SIGTERM, self.step)
 
@@ -157,40 +178,49 @@ class _Loop:
         share = batch_shard(len(rows))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
             losses = self.task.loss(*(tensor[share] for tensor in batch))
+        require_same_losses(self.averager.state, losses, self.resume_file)
         self.optimizer.zero_grad()
-        next(iter(losses.values())).backward()
-        num = share.stop - share.start
+        if (num := share.stop - share.start) > 0:  # an empty share has no loss and no gradient
+            next(iter(losses.values())).backward()
+            self.averager.add(losses, num)
         sum_gradients(self.task.model, num / len(rows))
         self.optimizer.step()
-        self.averager.add(losses, num)
         self.step += 1
 
     def finish_epoch(self, epoch: int, samples_per_s: float) -> None:
         """Evaluate, save, and only then log, print and draw."""
         self.read_losses()
         figures, best_by = self.task.evaluate(), self.task.best_by
-        if not math.isfinite(figures[best_by]):
-            raise self.diverged(f"{best_by} on validation, found {figures[best_by]} after epoch {epoch + 1}")
+        for name in (best_by, *figures):
+            if not math.isfinite(figures[name]):
+                raise self.diverged(f"{name} on validation, found {figures[name]} after epoch {epoch + 1}")
         self.require_finite_weights()
         report = {f"{name}/train": value for name, value in self.averager.averages().items()}
         report |= {f"{name}/validation": value for name, value in figures.items()}
         report |= {"lr": self.last_rate(), f"{self.task.unit}_per_s": samples_per_s, "epoch": epoch + 1}
-        if figures[best_by] < self.best:
-            self.best = figures[best_by]
-            self.task.save_best(figures)
+        self.unlogged.append((self.step, report))
+        self.figures = figures if figures[best_by] < self.best else {}
+        self.best = min(self.best, figures[best_by])
         self.averager = MetricAverager()
-        self.save(report)
+        self.save()
+        self.save_best()
         line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.publish(report, f"epoch {epoch + 1}: {line}")
+        self.publish(f"epoch {epoch + 1}: {line}")
 
-    def publish(self, report: dict[str, float], line: str = "") -> None:
-        """Log the scalars of the current step, print a line, and draw at the end of an epoch. All is saved by then."""
-        if report:
-            self.log.scalars(report, self.step)
+    def publish(self, line: str = "") -> None:
+        """Log what waits for it, print a line, and draw at the end of an epoch. Before the first save all waits."""
+        if self.saved_step == 0:
+            return
+        with self.writing():
+            self.log = self.log or self.closing.enter_context(RunLog(self.run.folder, self.log_from))
+            for step, scalars in self.unlogged:
+                self.log.scalars(scalars, step)
         if line:
             say(line)
-        if "epoch" in report:
-            self.task.show(self.log, int(report["epoch"]), self.step)
+        if any("epoch" in scalars for _, scalars in self.unlogged):
+            with self.writing():
+                self.task.show(self.log, self.step // self.epoch_steps, self.step)
+        self.unlogged.clear()
 
     def last_rate(self) -> float:
         """The learning rate of the last step."""
@@ -213,59 +243,56 @@ class _Loop:
             self.last_losses = row
         return self.last_losses
 
-    def save(self, report: dict[str, float]) -> None:
-        """Save all that resuming needs.
-
-        Args:
-            report: what is published for this step after the save. It is saved too, so a kill in between loses none.
-        """
+    def save(self) -> None:
+        """Save all that resuming needs."""
         self.require_finite_weights()
-        self.log.flush()  # the log may be ahead of the saved weights, which resuming mends, but never behind them
+        if self.log is not None:
+            self.log_from = self.unlogged[0][0] if self.unlogged else self.step
         state = {
             "model": self.task.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "step": self.step,
             "averages": self.averager.gather(),
             "best": self.best,
-            "report": report,
+            "figures": self.figures if self.step % self.epoch_steps == 0 else {},
+            "log_from": self.log_from,
+            "unlogged": self.unlogged,
             "settings": dict(self.run.settings),
         }
-        checkpoint.save_resume_state(self.resume_file, state)
+        if self.run.folder is not None:
+            with self.writing():
+                checkpoint.save_resume_state(self.resume_file, state)
         self.saved_step, self.saved_s = self.step, time.monotonic()
+
+    def save_best(self) -> None:
+        """Save the weights, if the epoch that has just ended is the best."""
+        if self.figures:
+            with self.writing():
+                self.task.save_best(self.figures)
 
     def require_finite_weights(self) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in self.task.model.state_dict().values()):
             raise self.diverged(f"weights, found others after step {self.step}")
 
-    def load(self) -> dict[str, float]:
-        """Take over what `save` saved, and return its report."""
-        file = self.resume_file
-        state = checkpoint.load_resume_state(file)
-        if not {"model", "optimizer", "step", "averages", "best", "report", "settings"} <= state.keys():
-            raise InputError(f"expected resume state in {file}, found other data; start anew with `overwrite=True`")
-        _require_same(state["settings"], self.run.settings)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, what cannot be written ends in one sentence that names the last good save."""
         try:
-            self.task.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            raise InputError(
-                f"expected this run's state in {file}, found another's; start anew with `overwrite=True`"
-            ) from None
-        self.step, self.best = state["step"], state["best"]
-        self.averager = MetricAverager(state["averages"] if is_main() else None)
-        return state["report"]
+            yield
+        except (InputError, OSError) as error:
+            found = str(error)
+            if not isinstance(error, InputError):
+                found = f"expected to write to {self.run.folder}: {error.strerror or error}"
+            again = "; once that is mended, go on with `resume=True`" if self.is_saved() else ""
+            raise InputError(f"{found}; {self.last_save()}{again}") from None
 
     def diverged(self, what: str) -> InputError:
-        saved = "nothing is saved yet"
-        if self.saved_step > 0:
-            saved = f"the last good save, of step {self.saved_step}, is {self.resume_file}"
-        return InputError(f"expected finite {what}; {saved}; start anew with a smaller `lr`")
+        return InputError(f"expected finite {what}; {self.last_save()}; start anew with a smaller `lr`")
 
+    def last_save(self) -> str:
+        if not self.is_saved():
+            return "nothing is saved yet"
+        return f"the last good save, of step {self.saved_step}, is {self.resume_file}"
 
-def _require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for name in sorted({*saved, *given} - {"num_epochs"}):
-        if saved.get(name) != given.get(name):
-            raise InputError(
-                f"expected the settings that the run was started with, {name} = {saved.get(name)!r}, found "
-                f"{name} = {given.get(name)!r}; resume with the first, or start anew with `overwrite=True`"
-            )
+    def is_saved(self) -> bool:
+        return self.run.folder is not None and self.saved_step > 0 and self.resume_file.exists()

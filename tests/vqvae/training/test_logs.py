@@ -39,14 +39,31 @@ def test_scalars_go_to_both_places_and_going_on_drops_those_of_its_first_step_an
     assert (folder / "resume.pt").read_bytes() == b"not a log"
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 3, "lo', b'{"step": 2}', b'{"step": 2, "l\n\xff\xfe\n[1]\n{"l": 1}\n'])
+def test_events_are_read_in_the_order_of_writing_even_if_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "events.out.tfevents.of.somebody").mkdir()
+    for i, now in enumerate((2e9, 2e9, 1e9, 3e9, 5.0)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        write(tmp_path, 2 * i, [2 * i, 2 * i + 1])
+        write(tmp_path, 2 * i + 1, [2 * i + 1])
+    (tmp_path / "events.out.tfevents.of.somebody").rmdir()  # what is no file is left alone
+    assert logged(tmp_path) == [(step, float(step)) for step in range(10)]
+    assert len([*tmp_path.iterdir()]) == 11
+    write(tmp_path, 0, [1])
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 3, "lo', b'{"step": 2}', b'{"step": 2, "l\n\xff\xfe\n[1]\n{"l": 1}\n', b"9" * 2**22 + b"\n"]
+)
 def test_going_on_drops_lines_that_are_cut_short_or_damaged(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + damage)
     RunLog(tmp_path, 5).__exit__()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "loss": 1.0}\n'
 
 
-def test_a_flush_puts_all_on_disk_and_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_on_disk_at_once_and_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         with RunLog(tmp_path / str(rank), 0) as log:
@@ -55,8 +72,7 @@ def test_a_flush_puts_all_on_disk_and_only_rank_0_writes(tmp_path: Path, monkeyp
             log.graph(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.zeros(1, 2),))
             log.scalars({}, 3)
             assert (tmp_path / "0" / "metrics.jsonl").read_text() == '{"step": 3}\n'
-            log.flush()  # not yet closed
-            events = EventAccumulator(str(tmp_path / "0")).Reload()
+            events = EventAccumulator(str(tmp_path / "0")).Reload()  # the log is not yet closed
     assert [(event.step, event.width, event.height) for event in events.Images("samples")] == [(1, 6, 4), (2, 6, 4)]
     assert any("Linear" in node.name for node in events.Graph().node)
     assert not (tmp_path / "1").exists()

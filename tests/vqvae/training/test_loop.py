@@ -1,6 +1,8 @@
 """The training loop, on a task that is no more than a small regression."""
 
 import math
+import os
+import shutil
 import signal
 from collections.abc import Callable
 from itertools import count
@@ -62,9 +64,11 @@ class Toy(Task):
         log.picture("drawn", torch.full((3, 2, 2), epoch / 10), step)
 
 
-def train(task: Any, folder: Path, num_epochs: int = 4, resume: bool = False, **changes: Any) -> Any:
+def train(
+    task: Any, folder: Path | None, num_epochs: int = 4, resume: bool = False, seed: int = 5, **changes: Any
+) -> Any:
     training = Training(**{"batch_size": BATCH, "num_epochs": num_epochs, "lr": 0.01, **changes})
-    fit(task, training, Run(folder, 5, {"k": 8, "num_epochs": num_epochs}, resume))
+    fit(task, training, Run(folder, seed, {"k": 8, "num_epochs": num_epochs}, resume))
     return task
 
 
@@ -115,7 +119,7 @@ def test_an_epoch_is_saved_before_it_is_logged_printed_and_shown(tmp_path: Path,
     monkeypatch.setattr(loop, "say", diary.append)
     train(Toy((9.0, 9.0)), tmp_path, num_epochs=2)
     save, log = "save_resume_state", "scalars"
-    first = ["evaluate", "save_best", save, log, "epoch 1: figure 9, other 0", "show"]
+    first = ["evaluate", save, "save_best", log, "epoch 1: figure 9, other 0", "show"]
     second = ["evaluate", save, log, "epoch 2: figure 9, other 0", "show"]
     assert diary == [save, log, *first, log, *second]  # in step 4 both are due
 
@@ -180,7 +184,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
 
     def stop(n: int) -> None:
         if n == call and sent is None:
-            raise BrokenPipeError
+            raise ZeroDivisionError
         if n == call:
             signal.raise_signal(sent)
 
@@ -190,7 +194,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "SAVE_EVERY_S", save_every_s)
         before(patch, owner, name, stop)
-        with pytest.raises(BrokenPipeError if sent is None else Interrupted) as told:
+        with pytest.raises(ZeroDivisionError if sent is None else Interrupted) as told:
             train(parts, tmp_path / "parts", **changes)
     if sent is not None:
         assert (told.value.signal, told.value.step, len(parts.batches)) == (sent, kept_steps, kept_steps)
@@ -200,7 +204,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
     for folder in (tmp_path / "straight", tmp_path / "parts"):
         states.append(load_resume_state(folder / "resume.pt"))
         logs.append(log_rows(folder))
-        for timed in (states[-1]["report"], *logs[-1]):
+        for timed in (states[-1]["unlogged"][0][1], *logs[-1]):
             timed.pop("things_per_s", None)
         events = EventAccumulator(str(folder)).Reload()
         assert [event.step for event in events.Scalars("lr")] == [row["step"] for row in logs[-1]]
@@ -272,10 +276,110 @@ def test_what_cannot_be_written_or_does_not_fit_the_saved_run_is_refused_and_cha
     for settings, found in wrong:
         with pytest.raises(InputError, match=f"the run was started with, . = (8|None), found {found}"):
             resume(settings)
-    with pytest.raises(InputError, match=r"expected this run's state in .*resume.pt, found another's; start anew with"):
+    with pytest.raises(
+        InputError, match=r"expected this run's state in .*resume.pt, found another network's 0.weight; start"
+    ):
         resume({"k": 8}, width=9)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     resume({"k": 8, "num_epochs": 3})  # more epochs are what resuming is for
     save_resume_state(tmp_path / "resume.pt", {"weights": torch.zeros(3)})
-    with pytest.raises(InputError, match=r"expected resume state in .*resume.pt, found other data; start anew with"):
+    with pytest.raises(
+        InputError, match=r"expected this run's state in .*resume.pt, found other data; start anew with"
+    ):
         resume({"k": 8})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_nothing_of_a_run_goes_before_the_first_save_of_one_that_replaces_it(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    def stop(n: int) -> None:
+        raise ZeroDivisionError
+
+    train(Toy(), tmp_path / "straight", seed=6)
+    train(Toy(), tmp_path / "run")
+    old = contents(tmp_path / "run")
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    with monkeypatch.context() as patch:
+        before(patch, loop.checkpoint, "save_resume_state", stop)
+        with pytest.raises(ZeroDivisionError):
+            train(Toy(), tmp_path / "run", seed=6)
+    assert contents(tmp_path / "run") == old
+    with monkeypatch.context() as patch:
+        before(patch, Toy, "save_best", stop)
+        with pytest.raises(ZeroDivisionError):
+            train(toy := Toy(), tmp_path / "run", seed=6)
+    changed = {name for name, content in contents(tmp_path / "run").items() if old[name] != content}
+    assert changed == {"resume.pt"}
+    assert toy.kept == []
+    # What the new run had to log is saved with it, and so is what it had to keep.
+    assert train(Toy(), tmp_path / "run", seed=6, resume=True).kept == [9.0, 8.0, 7.0, 6.0]
+    rows = log_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [e * STEPS + i for e in range(4) for i in (2, 4, 6)]
+    assert [row["error/train"] for row in rows[2::3]] == [row["error/train"] for row in log_rows(tmp_path / "straight")]
+    assert len([*(tmp_path / "run").glob("events*")]) == 1
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_do_and_keeps_its_last_best_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(Toy(), tmp_path, num_epochs=2)
+    capsys.readouterr()
+    assert train(Toy(), tmp_path, num_epochs=2, resume=True).kept == [8.0]
+    assert capsys.readouterr().out == "nothing is left to do: all 2 epochs are done\n"
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(train(Toy(), None, num_epochs=2).batches) == 2 * STEPS
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def replaced(make: Callable[[Path], object]) -> Callable[[Path, Patch], object]:
+    return lambda folder, patch: [(folder / "metrics.jsonl").unlink(), make(folder / "metrics.jsonl")]
+
+
+SPOILERS: dict[str, Callable[[Path, Patch], object]] = {
+    "events": lambda folder, patch: patch.setattr("vqvae.training.logs.RecordWriter.write", full),
+    "picture": lambda folder, patch: patch.setattr(Toy, "show", full),
+    "pipe": replaced(os.mkfifo),
+    "folder": replaced(Path.mkdir),
+    "device": replaced(lambda path: path.symlink_to("/dev/full")),
+    "vanished": replaced(lambda path: None),
+}
+
+
+@pytest.mark.parametrize(("spoiler", "call"), [(s, n) for s in SPOILERS for n in (1, 3) if (s, n) != ("vanished", 1)])
+def test_what_cannot_be_logged_ends_in_a_sentence_and_the_last_save_is_intact(
+    tmp_path: Path, monkeypatch: Patch, spoiler: str, call: int
+) -> None:
+    straight = train(Toy(), tmp_path / "straight", num_epochs=2)
+    folder, path = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    train(Toy(), folder, num_epochs=1)
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    with monkeypatch.context() as patch:
+        before(patch, Toy, "loss", lambda n: n == call and SPOILERS[spoiler](folder, patch))
+        with pytest.raises(InputError) as told:
+            train(Toy(), folder, num_epochs=2, resume=True)
+    saved = f"the last good save, of step {12 if spoiler == 'picture' else 6}, is {folder / 'resume.pt'}"
+    assert str(told.value).startswith(f"expected to write to {folder}: ")
+    assert str(told.value).endswith(f"; {saved}; once that is mended, go on with `resume=True`")
+    if spoiler in ("pipe", "folder", "device"):
+        path.rmdir() if path.is_dir() else path.unlink()
+    resumed = train(Toy(), folder, num_epochs=2, resume=True)
+    assert all(map(torch.equal, resumed.model.parameters(), straight.model.parameters()))
+
+
+def test_a_folder_that_vanishes_is_told(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    train(Toy(), folder := tmp_path / "run", num_epochs=1)
+    before(monkeypatch, Toy, "loss", lambda n: n == 3 and shutil.rmtree(folder))
+    with pytest.raises(InputError, match=r"expected to write to .*: No such file or directory; nothing is saved yet$"):
+        train(Toy(), folder, num_epochs=2, resume=True)
