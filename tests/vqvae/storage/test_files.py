@@ -9,7 +9,6 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -178,6 +177,7 @@ def refuse(patch: Patch, module: object, name: str, code: int, times: int = 10**
     ("module", "name", "code", "times"),
     [(Path, "chmod", code, 99) for code in (errno.EPERM, errno.ENOTSUP, errno.EIO)]
     + [(os, "fsync", code, 99) for code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)]
+    + [(tempfile, "gettempdir", errno.ENOENT, 99)]
     + [(os, "open", code, 99) for code in (errno.EACCES, errno.EINVAL)]  # of the folder, to flush it
     + [(Path, "replace", code, times) for code in (errno.EACCES, errno.EPERM) for times in (1, 3)],
 )
@@ -189,15 +189,6 @@ def test_what_some_file_systems_refuse_stops_no_write(
     write_atomically(path, NEW)
     assert path.read_bytes() == NEW
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_no_write_needs_a_temporary_folder(path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(tempfile, "_get_default_tempdir", Mock(side_effect=FileNotFoundError("no usable folder")))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    with pytest.raises(FileNotFoundError):
-        tempfile.gettempdir()
-    write_arrays(path, {"x": np.arange(3)})
-    require_writable_file(path)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])

@@ -216,6 +216,7 @@ def test_a_folder_of_runs_that_is_a_file_does_not_stand_in_the_way_of_the_shippe
 def test_each_header_is_read_at_most_once_and_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     read, real = [], checkpoint.read_header
     vqvaes = [write(f"run{n}", "vqvae", age_s=n, seed=n) for n in range(6)]
+    write("copy", "vqvae", age_s=50, seed=4)  # of a newer one, which comes first
     write("pretrained", "prior", vqvae=write("pretrained", "vqvae", seed=9))
     for n in range(4):
         write(f"run{n}", "prior", age_s=n)  # whose VQ-VAEs are lost
@@ -229,7 +230,7 @@ def test_each_header_is_read_at_most_once_and_only_where_it_is_needed(monkeypatc
     assert len(read) == 7 + 2
     read.clear()
     assert find_pair(None, None) == (vqvaes[4], fit[0])
-    assert len(read) == len(set(read)) == 5 + 7  # and not "older"
+    assert len(read) == len(set(read)) == 5 + 8  # and not "older"
 
 
 def test_a_path_is_described_from_here_and_with_its_owner(workplace: Path) -> None:
