@@ -235,7 +235,7 @@ def reconstruct(
     from vqvae.output import check_output, save_reconstructions
     from vqvae.storage.runs import describe, find_vqvae
 
-    check_output(output)
+    check_output(output, with_original=True)
     file = find_vqvae(vqvae)
     model = load(file, device)
     print(f"weights: {describe(file)}")

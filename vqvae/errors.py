@@ -7,7 +7,10 @@ turns it into the flag or the command that does the same (cli.py, `as_flags`).
 
 class InputError(ValueError):
     """An argument, a file or a setting is not what it should be. The message is one sentence: what was expected, what
-    was found, what to do about it."""
+    was found, what to do about it. It can be printed, whatever the name of a file may hold."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class MissingFileError(InputError, FileNotFoundError):
@@ -25,3 +28,8 @@ class Interrupted(Exception):
     def __init__(self, signal: int, step: int) -> None:
         super().__init__(f"interrupted by signal {signal} after step {step}")
         self.signal, self.step = signal, step
+
+
+def printable(text: str) -> str:
+    """The text on one line, with characters that do not print as Python would escape them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -163,10 +163,9 @@ def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, checkpoint.Head
     Raises:
         InputError: no whole VQ-VAE checkpoint is there.
     """
-    header = checkpoint.read_header(path, "vqvae")
 
-    def build() -> VQVAE:
+    def build(header: checkpoint.Header) -> VQVAE:
         return VQVAE(from_dict(VQVAEConfig, header.config), from_dict(DatasetInfo, header.data).image_shape)
 
-    model = checkpoint.load(path, header, build)
+    model, header = checkpoint.load(path, "vqvae", build)
     return model.to(device).eval(), header

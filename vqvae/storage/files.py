@@ -45,6 +45,7 @@ MALFORMED = (
 
 SCRATCH = ".partial"  # the suffix of a file that is still being written; a killed process leaves such a file behind
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some file systems
+NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # a name that leads to no file
 # A virus scanner, or another program that holds a file open, refuses a rename for a moment.
 RENAME_WAITS_S = (0.1, 0.2, 0.4, 0.6, 0.7)
 
@@ -76,6 +77,8 @@ def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
         found = f"a file that is cut short, damaged or of another kind ({_summary(error)})"
         if isinstance(error, OSError) and error.strerror:  # the operating system raised it, not a parser
             found = f"what can't be read: {error.strerror}"
+            if error.errno not in NO_FILE:
+                remedy = "make it readable"  # it may be whole, and the remedy could be to replace it
         raise InputError(f"expected {expected} at {path}, found {found}; {remedy}") from None
 
 
@@ -91,6 +94,23 @@ def read_at_most(file: IO[bytes], limit: int) -> bytes:
     return content
 
 
+@contextmanager
+def refusals(expected: str, remedy: str) -> Iterator[None]:
+    """Turn what the operating system refuses inside the `with` block into an `InputError`."""
+    try:
+        yield
+    except InputError:  # a ValueError
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the name holds a null character
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"{expected}: {reason or error}; {remedy}") from None
+
+
+def named(folder: Path) -> str:
+    """A folder in a sentence, which a dot would seem to end."""
+    return "the current folder" if folder == Path() else str(folder)
+
+
 def require_writable(folder: Path) -> None:
     """Refuse a folder in which no file can be written. Nothing is made, and nothing stays.
 
@@ -99,7 +119,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         InputError: no file can be written in it, or it is no folder.
     """
-    with _refusals(f"expected to write to {folder}", "name another folder"):
+    with refusals(f"expected to write to {named(folder)}", "name another `output_folder`"):
         _try_to_write(_nearest_existing(Path(os.path.realpath(folder))))
 
 
@@ -109,7 +129,7 @@ def require_writable_file(path: Path) -> None:
     Raises:
         InputError: something other than a file is there, or no file can be written in its folder.
     """
-    with _refusals(f"expected to write {path}", "name a place that can be written"):
+    with refusals(f"expected to write {path}", "name a place that can be written"):
         target = _target(path)
         nearest = _nearest_existing(target)
         _try_to_write(nearest.parent if nearest == target else nearest)
@@ -121,7 +141,7 @@ def make_folder(path: Path) -> None:
     Raises:
         InputError: the folder cannot be made.
     """
-    with _refusals(f"expected to write to {path}", "name another folder"):
+    with refusals(f"expected to write to {path}", "name another folder"):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -138,9 +158,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     if not is_main():
         return
-    with _refusals(f"expected to write {path}", "name a place that can be written"):
+    with refusals(f"expected to write {path}", "name a place that can be written"):
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         # The name is cut because it may already be as long as the file system allows.
         scratch = target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}{SCRATCH}")
         try:
@@ -159,9 +180,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write named arrays as a compressed .npz file, completely or not at all."""
+    """Write named arrays as a compressed .npz file, completely or not at all.
+
+    Raises:
+        ValueError: an array of Python objects, which only a pickle can hold.
+    """
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise ValueError("expected arrays of numbers or of text, found Python objects")
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    # Without numpy's own option to refuse objects, which numpy 2.0 does not have: it would write it as an array.
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(path, buffer.getvalue())
 
 
@@ -178,18 +206,6 @@ def _summary(error: BaseException) -> str:
     first_line = (str(error).splitlines() or [""])[0]
     shown = "".join(character for character in first_line if character.isprintable())[:200]
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
-
-
-@contextmanager
-def _refusals(expected: str, remedy: str) -> Iterator[None]:
-    """Turn what the operating system refuses inside the `with` block into an `InputError`."""
-    try:
-        yield
-    except InputError:  # a ValueError
-        raise
-    except (OSError, ValueError) as error:  # ValueError: the name holds a null character
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise InputError(f"{expected}: {reason or error}; {remedy}") from None
 
 
 def _target(path: Path) -> Path:
