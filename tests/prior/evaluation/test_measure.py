@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_the_likelihood_is_that_of_the_maps_and_without_a_label_the_mixtures() -
 
 def setting(num_classes: int) -> tuple[list[nn.Module], DatasetInfo, dict[str, Split]]:
     """A VQ-VAE, a prior and a classifier, all small, and random data."""
-    shape, vqvae = SHAPES[num_classes], helpers.make_vqvae(SHAPES[num_classes])
+    shape, vqvae = SHAPES.get(num_classes, SHAPES[3]), helpers.make_vqvae(SHAPES.get(num_classes, SHAPES[3]))
     models = [vqvae, make_prior(vqvae.map_shape, num_classes=num_classes), make_classifier(shape, num_classes or 2)]
     sizes = {"train": 130, "validation": 105, "test": 110}
     splits = {name: make_split(num, shape, num_classes, num) for name, num in sizes.items()}
@@ -131,6 +132,28 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
     assert found.nats.mean().item() == pytest.approx(expected["likelihood"][last]["nats_per_code"], rel=1e-5)
     assert torch.equal(found.unigram_nats, nats_by_position(frequencies, maps))
     assert torch.equal(found.code_counts, count_codes(maps, 16))
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, 3])
+@pytest.mark.parametrize("equal", ["images", "codes", "labels"])
+def test_data_that_is_all_the_same_gives_a_whole_report_without_a_warning(
+    equal: str, num_classes: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (vqvae, prior, _), info, splits = setting(num_classes)
+    model = make_classifier(info.image_shape, num_classes or 2)
+    if equal == "images":
+        splits = {name: Split(split.images * 0 + 7, split.labels) for name, split in splits.items()}
+    if equal == "labels":
+        splits = {name: Split(split.images, split.labels * 0) for name, split in splits.items()}
+    if equal == "codes":  # a codebook that has collapsed
+        vqvae.quantizer.codebook[1:] += 100
+    found = measure.evaluate(vqvae, prior, model, info, splits, num_samples=100, seed=0)
+    found.figures["origin"]["classifier"] = "0" * 64
+    report.write_report(found, tmp_path)
+    text = report.tables_as_text(found)
+    assert not re.search(r"\bnan\b|\binf\b|± 0\.0+\b", text)
+    assert (tmp_path / "report.html").exists()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_arguments_out_of_range_and_a_classifier_of_other_images_are_refused() -> None:

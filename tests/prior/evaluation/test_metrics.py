@@ -31,19 +31,20 @@ def test_the_frechet_distance_is_that_of_gaussians(num_real: int, num_fake: int,
 
 
 def test_the_extrapolation_ends_where_a_line_over_one_over_n_meets_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = [40, 57, 74, 91, 108, 125, 142, 160]  # from a quarter to all of the smaller set
-    measured: list[int] = []
+    sizes, measured = [40, 57, 74, 91, 108, 125, 142, 160], []  # from a quarter to all of the smaller set
 
     def known(a: Tensor, b: Tensor) -> float:
-        assert len(a.unique()) == len(b.unique()) == len(a)  # rows of both, no row twice
-        measured.append(len(a))
-        return 2.5 + 30 / len(a) + (len(measured) > 8) * (len(measured) // 8 % 2)  # halves differ by 1
+        measured.append((len(a), len(b)))
+        assert (len(a.unique()), len(b.unique())) == measured[-1]  # rows of both, no row twice
+        turn, half = (len(measured) - 1) // 8, len(a) == 100
+        return 7.0 * (len(measured) % 2) if half else 2.5 + turn + 30 / len(a)
 
     monkeypatch.setattr(metrics, "frechet_distance", known)
     real, fake = torch.arange(200.0)[:, None], torch.arange(160.0)[:, None]
     value, error = frechet_distance_at_infinity(real, fake, seeded())
-    assert (value, measured[:8], max(measured[8:])) == (pytest.approx(2.5, abs=1e-9), sizes, 80)
-    assert (len(measured), error > 0.1) == (8 * 21, True)
+    assert measured == [(size, size) for size in sizes] * 10 + [(100, 80)] * 20
+    assert value == pytest.approx(2.5 + 4.5, abs=1e-5)  # the mean over the fits
+    assert error == pytest.approx((np.var(range(10), ddof=1) / 10 + np.var([0, 7] * 10, ddof=1)) ** 0.5)
 
 
 @pytest.mark.parametrize("num", [40, 63, 64, 200])
