@@ -15,7 +15,7 @@ from torch import Tensor
 KID_NUM_SUBSETS = 50
 KID_SUBSET_SIZE = 1000  # at most; never more than half of a set
 NUM_HALVES = 20  # random halves that a standard error is taken over
-NUM_FITS = 10  # of the extrapolation to infinity
+NUM_FITS = 8  # of the extrapolation to infinity
 NUM_NEIGHBOURS = 5  # k of precision, recall, density and coverage
 NUM_EXTRAPOLATION_SIZES = 8
 ROWS_AT_ONCE = 1000  # rows of a distance matrix that are in memory at the same time
