@@ -170,7 +170,7 @@ def accuracy_after_training_on(
     torch.manual_seed(seed)
     model = Classifier(ClassifierConfig(), info.image_shape, info.num_classes).to(split.images.device)
     watched = split.first(EVALUATION_BATCH)  # the loop wants figures after each epoch; nothing is chosen by them
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         fit(ClassifierTask(model, split, watched), training, Run(Path(folder), seed, settings={}))
     return 1 - evaluate_classifier(model, test)["error"]
 
@@ -187,3 +187,17 @@ def require_trainable(info: DatasetInfo) -> None:
             f"expected images of at least 2 classes to train a classifier on, found {info.num_classes} in {info.name}; "
             f"choose a dataset with labels"
         )
+
+
+def require_temporary_folder() -> None:
+    """
+    Raises:
+        InputError: there is no folder for the logs of a classifier that is trained for the accuracy score.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        raise InputError(
+            "expected a temporary folder to train a classifier in, found none that can be written; name one in the "
+            "environment variable TMPDIR"
+        ) from None

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from prior.codes import Codes, extract
 from prior.evaluation.classifier import Classifier, extract_features, load_classifier
-from prior.evaluation.classifier_training import ClassifierTraining, accuracy_after_training_on, require_trainable
+from prior.evaluation.classifier_training import (
+    ClassifierTraining,
+    accuracy_after_training_on,
+    require_temporary_folder,
+    require_trainable,
+)
 from prior.evaluation.figures import (
     extract_codes,
     measure_likelihood,
@@ -96,6 +101,7 @@ def evaluate_pair(
         )
     if accuracy_score:
         require_trainable(pair.info)
+        require_temporary_folder()
     classifier, classifier_header = load_classifier(classifier_file, pair.vqvae.device)
     require_fitting(classifier, pair.info)
     with main_first():

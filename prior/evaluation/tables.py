@@ -28,7 +28,8 @@ NOTE_ON_FEW = (
 
 def tabulate(figures: dict[str, Any]) -> list[Table]:
     """The figures of an evaluation as tables, the most important first."""
-    tables = [("Sets of images against training images", _sets(figures["rows"]))]
+    num = figures["origin"]["num_samples"]
+    tables = [(f"Sets of {num:,} images against as many training images", _sets(figures["rows"]))]
     if "classification_accuracy_score" in figures:
         tables.append(("Classification accuracy score", _accuracy_score(figures["classification_accuracy_score"])))
     tables += [

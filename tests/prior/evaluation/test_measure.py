@@ -1,7 +1,8 @@
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -89,15 +90,46 @@ def setting(num_classes: int) -> tuple[list[nn.Module], DatasetInfo, dict[str, S
     return models, make_info(shape, num_classes), splits
 
 
+class Bar:
+    """A progress bar that counts."""
+
+    bars: ClassVar[list["Bar"]] = []
+
+    def __init__(self, total: int, unit: str, *, doing: str | None = None) -> None:
+        self.total, self.moves, self.n = total, 0, 0
+        self.bars.append(self)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def set_description(self, text: str, refresh: bool) -> None:
+        assert not refresh  # it would be a line of its own where there is no terminal
+
+    def update(self, num: int = 1) -> None:
+        self.n, self.moves = self.n + num, self.moves + (num > 0)
+
+
 @pytest.mark.parametrize(("num_classes", "last", "guidance"), [(3, "test", 2), (0, "test", 2), (26, "validation", 1)])
 def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
-    num_classes: int, last: str, guidance: float
+    num_classes: int, last: str, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (vqvae, prior, model), info, splits = setting(num_classes)
     splits = {name: splits[name] for name in ("train", "validation", last)}
     models, state, seed = nn.ModuleList([vqvae, prior, model]), torch.get_rng_state(), num_classes
     models.train()
-    found = measure.evaluate(*models, info, splits, num_samples=101, guidance=guidance, seed=seed)
+    with monkeypatch.context() as watched:
+        watched.setattr(measure, "progress", Bar)
+        watched.setattr(figures, "progress", Bar)
+        watched.setattr(figures, "AT_ONCE", 40)
+        watched.setattr(metrics, "ROWS_AT_ONCE", 40)
+        Bar.bars.clear()
+        found = measure.evaluate(*models, info, splits, num_samples=101, guidance=guidance, seed=seed)
+    assert [bar.n for bar in Bar.bars] == [bar.total for bar in Bar.bars]
+    assert min(bar.moves for bar in Bar.bars) >= 2  # each long part moves its own
+    assert len(Bar.bars) == (7 if num_classes else 6)
     assert all(module.training for module in models.modules())
     assert torch.equal(torch.get_rng_state(), state)
     models.eval()
@@ -159,12 +191,15 @@ def test_arguments_out_of_range_and_a_classifier_of_other_images_are_refused() -
     (vqvae, prior, model), info, splits = setting(3)
     common = {"vqvae": vqvae, "prior": prior, "classifier": model, "splits": splits, "num_samples": 100, "seed": 0}
     few = {name: split.first(99) for name, split in splits.items()}
+    broken = make_classifier(SHAPES[3], 3)
+    broken.trunk[0].weight.data.fill_(torch.inf)
     for options, message in (
         ({"num_samples": 99}, "`num_samples` between 100 and 110, .*, found 99; try `num_samples=110`"),
         ({"num_samples": 111}, "`num_samples` between 100 and 110, .*, found 111"),
         ({"splits": few, "num_samples": 99}, "at least 100 images in each split, found 99"),
         ({"guidance": -1}, "`guidance`"),
         ({"classifier": make_classifier(num_classes=3)}, r"a classifier of images .*with `train_classifier\(\)`"),
+        ({"classifier": broken}, "finite features"),
         ({"classifier": make_classifier(SHAPES[3], 9)}, r"3 classes, found one of 9; .*with `train_classifier\(\)`"),
     ):
         with pytest.raises(InputError, match=message):
@@ -211,14 +246,17 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
         ({"classifier_file": "vqvae.safetensors"}, "of stage 'vqvae'"),
         ({"classifier_file": "other.safetensors"}, "a classifier of 10 classes, found one of 3"),
         ({"accuracy_score": True, "pair": 0}, "at least 2 classes"),
+        ({"accuracy_score": True}, "a temporary folder .* TMPDIR"),
         ({"folder": "file"}, "expected to write .*metrics.json"),
         ({"folder": "file/below"}, "expected to write .*metrics.json"),
         ({"folder": "taken"}, "expected to write .*report.html"),
     ],
 )
 def test_whatever_can_be_refused_is_refused_before_data_is_loaded_or_a_folder_made(
-    mistake: dict[str, Any], message: str, tmp_path: Path
+    mistake: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)  # not known yet
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [])
     pairs = {num: helpers.save_pair(tmp_path, num_classes=num) for num in (0, 10)}
     helpers.save_model(
         tmp_path / "other.safetensors", make_classifier(num_classes=3), "classifier", make_info((1, 28, 28), 3)

@@ -42,7 +42,7 @@ def make_figures() -> dict[str, Any]:
     }
 
 
-TABLES = f"""Sets of images against training images
+TABLES = f"""Sets of 12 images against as many training images
 set|FID|FID∞|KID x 1000|precision|recall|density|coverage|confident (p ≥ 0.99)|agree with label
 {AWKWARD}|0.110|0.120 ± 0.030|1.23 ± 0.40|0.130|0.140|0.150|0.160|0.170|0.9912
 unigram|0.510|too few|1.23|0.530|0.540|0.550|0.560|0.570|
