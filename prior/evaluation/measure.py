@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prior.codes import Codes, extract
+from prior.codes import extract
 from prior.evaluation.classifier import Classifier, extract_features, load_classifier
 from prior.evaluation.classifier_training import (
     ClassifierTraining,
@@ -30,7 +30,7 @@ from prior.evaluation.memorisation import measure_memorisation
 from prior.evaluation.sets import (
     ImageSet,
     Sampler,
-    choose_rows,
+    choose,
     decoded_images,
     make_samplers,
     real_images,
@@ -165,27 +165,23 @@ def evaluate(
     check_options(guidance, temperature=1, top_k=None, top_p=1)
     require_fitting(classifier, info)
     _check_num(num_samples, most)
-    train_rows = choose_rows(num_samples, most, seed)
-    reference = Split(train.images[train_rows], train.labels[train_rows])
+    # The sets are compared with the first training images, as many as there are to measure.
+    chosen = {name: choose(split, num_samples, seed) for name, split in {**splits, "train": train.first(most)}.items()}
+    reference, held_out = chosen["train"], chosen[measured_name]
     features, _ = extract_features(classifier, reference.images)
     if not features.isfinite().all():
         raise InputError("expected a classifier of finite features, found others; train one with `train_classifier()`")
     train_codes = extract_codes(vqvae, train)
-    codes = {"train": Codes(train_codes.indices[train_rows], train_codes.labels[train_rows])}
-    for name, split in list(splits.items())[1:]:
-        rows = choose_rows(num_samples, len(split.labels), seed)
-        held_out = Split(split.images[rows], split.labels[rows])
-        codes[name] = extract(vqvae, held_out)
-    held_out_codes = codes[measured_name]  # the last split's
+    codes = {name: extract(vqvae, split) for name, split in chosen.items()}
     frequencies = unigram(train_codes, vqvae.config.num_codes)
 
     samplers = make_samplers(vqvae, prior, info, held_out, reference.labels, frequencies, seed=seed, guidance=guidance)
     image_sets = [real_images(held_out, info), *_draw(samplers, vqvae, num_samples, seed)]
-    rows_of_figures = []
+    rows = []
     with progress(len(image_sets), "set") as bar:
         for image_set in image_sets:
             bar.set_description(f"measuring: {image_set.title}", refresh=False)
-            rows_of_figures.append(measure_set(image_set, classifier, features, info, seed))
+            rows.append(measure_set(image_set, classifier, features, info, seed))
             bar.update()
     sets = {image_set.name: image_set for image_set in image_sets}
     labelled_samples = sets.get("pixelcnn_guided") or sets.get("pixelcnn_labelled") or sets["pixelcnn"]
@@ -196,13 +192,13 @@ def evaluate(
             labelled_samples,
             train.images,
             train_codes.indices,
-            held_out_codes.indices,
+            codes[measured_name].indices,
             bar.update,
         )
     figures = {
         "origin": {"split": measured_name, "num_samples": num_samples, "seed": seed, "guidance": guidance},
         "class_names": list(info.class_names),
-        "rows": rows_of_figures,
+        "rows": rows,
         "stage_one": {
             "num_images": num_samples,
             **evaluate_vqvae(vqvae, held_out.to(vqvae.device), VQVAETraining()),
@@ -212,15 +208,15 @@ def evaluate(
         "memorisation": memorisation,
     }
     if info.class_names:
-        figures["without_label"] = measure_without_label(prior, held_out_codes, info)
+        figures["without_label"] = measure_without_label(prior, codes[measured_name], info)
     return Evaluation(
         figures,
         image_sets,
         labelled_samples,
         closest,
-        measure_positions(prior, held_out_codes),
-        unigram_nats_by_position(frequencies, held_out_codes.indices).cpu(),
-        count_codes(held_out_codes.indices, vqvae.config.num_codes).cpu(),
+        measure_positions(prior, codes[measured_name]),
+        unigram_nats_by_position(frequencies, codes[measured_name].indices).cpu(),
+        count_codes(codes[measured_name].indices, vqvae.config.num_codes).cpu(),
     )
 
 

@@ -41,14 +41,15 @@ class Sampler(NamedTuple):
     labels: Tensor | None = None  # (N,) int64, the classes that the maps are drawn for
 
 
-def choose_rows(num: int, among: int, seed: int) -> Tensor:
-    """Which images to measure: `num` of the first `among`, (num,) int64 in order. All of them, if there are no more.
+def choose(split: Split, num: int, seed: int) -> Split:
+    """`num` images of a split, in its order. All of them, if there are no more.
 
     They are drawn, because neighbours are alike: the first thousand images of MNIST are by a few people, and two such
     thousands differ by far more than chance.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "images"))
-    return torch.randperm(among, generator=generator)[:num].sort().values
+    rows = torch.randperm(len(split.labels), generator=generator)[:num].sort().values
+    return Split(split.images[rows], split.labels[rows])
 
 
 def real_images(held_out: Split, info: DatasetInfo) -> ImageSet:

@@ -134,9 +134,8 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
     assert torch.equal(torch.get_rng_state(), state)
     models.eval()
     most, all_codes = len(splits[last].labels), extract(vqvae, splits["train"])
-    rows = {name: sets.choose_rows(101, len(split.labels), seed) for name, split in splits.items()}
-    rows["train"] = sets.choose_rows(101, most, seed)  # of the first that are as many as the measured split has
-    chosen = {name: Split(*(part[rows[name]] for part in split)) for name, split in splits.items()}
+    of_first = {**splits, "train": splits["train"].first(most)}  # as many as the measured split has
+    chosen = {name: sets.choose(split, 101, seed) for name, split in of_first.items()}
     codes = {name: extract(vqvae, split) for name, split in chosen.items()}
     train, test, maps = chosen["train"], chosen[last], codes[last].indices
     frequencies = unigram(all_codes, 16)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prior.evaluation.sets import (
     Sampler,
-    choose_rows,
+    choose,
     decoded_images,
     make_samplers,
     real_images,
@@ -19,6 +19,7 @@ from prior.sampling import draw_labels
 from tests.helpers import make_info, make_prior, make_split, make_vqvae, random_maps
 from vqvae.codec import encode_images
 from vqvae.compute import derive_seed
+from vqvae.data.dataset import Split
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 
@@ -91,8 +92,10 @@ def test_real_images_have_labels_where_there_are_classes_and_others_than_were_le
 
 
 def test_the_images_to_measure_are_spread_over_the_whole_split_and_in_order() -> None:
-    rows = choose_rows(1000, 10000, seed=3)
+    split = Split(torch.arange(10000), torch.arange(10000) + 1)
+    rows, labels = choose(split, 1000, seed=3)
     assert torch.equal(rows, rows.unique())
+    assert torch.equal(labels, rows + 1)
     assert [int((rows // 1000 == part).sum()) for part in range(10)] == pytest.approx([100] * 10, abs=40)
-    assert not torch.equal(rows, choose_rows(1000, 10000, seed=4))
-    assert torch.equal(choose_rows(50, 50, seed=3), torch.arange(50))
+    assert not torch.equal(rows, choose(split, 1000, seed=4).images)
+    assert torch.equal(choose(split, 10000, seed=3).images, split.images)
