@@ -285,6 +285,8 @@ def evaluate(
     download: Download = True,
 ) -> None:
     """Measure both stages: FID, KID, coverage, agreement with labels, memorisation, likelihood."""
+    from functools import partial
+
     from prior import load
     from prior.evaluation.report import evaluate_and_report
     from vqvae.data.mnist import load_mnist
@@ -292,7 +294,7 @@ def evaluate(
 
     pair, file = load(vqvae, prior, device), find_classifier(classifier)
     print(f"weights: {pair.origin}, measured with {describe(file)}")
-    dataset = load_mnist(data_folder, download)
+    dataset = partial(load_mnist, data_folder, download)  # is loaded after everything else has been checked
     options: dict[str, Any] = {"split": split, "num_samples": num_samples, "guidance": guidance, "seed": seed}
     print(evaluate_and_report(pair, file, dataset, output_folder, accuracy_score=cas, **options))
     print(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")

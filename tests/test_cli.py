@@ -281,9 +281,9 @@ def test_the_flags_of_sample_compare_and_evaluate_reach_their_functions_with_one
     assert arguments_of("vqvae.gaussian.draw_gaussian", "sample --mode gaussian")[0][1:] == ("latent", 100, 0)
     assert arguments_of("prior.pair.Pair.draw", "sample --mode pixelcnn")[1]["seed"] == 0
     function = "prior.evaluation.report.evaluate_and_report"
-    (pair, file, dataset, folder), options = arguments_of(function, "evaluate")
+    (pair, file, load_dataset, folder), options = arguments_of(function, "evaluate")
     assert (pair.files, file, folder) == ((VQVAE, PRIOR), CLASSIFIER, Path("evaluation"))
-    assert torch.equal(dataset.validation.images, mnist().validation.images)
+    assert torch.equal(load_dataset().validation.images, mnist().validation.images)
     assert options == {"split": "test", "num_samples": None, "guidance": None, "seed": 0, "accuracy_score": False}
     command = "evaluate --split validation --num-samples 120 --guidance 2 --seed 4 --cas --output-folder o"
     (*_, folder), options = arguments_of(function, command)

@@ -22,7 +22,7 @@ RANKING = """
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae
     prior.kernels prior.model prior.incremental prior.sampling
     prior.codes prior.independent prior.likelihood prior.pair prior.train
-    prior.evaluation prior.evaluation.metrics prior.evaluation.sets prior.evaluation.memorisation
+    prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables
     prior.evaluation.measure prior.evaluation.report prior.evaluation.comparison prior
     cli

@@ -124,17 +124,15 @@ def first_of_each_class(labels: Tensor, num_samples: int, num_classes: int) -> T
         InputError: `num_samples` is no multiple of the number of classes, or a class has too few labels.
     """
     columns = max(num_classes, 1)
-    if num_samples < 1 or num_samples % columns != 0:
-        raise InputError(
-            f"expected `num_samples` to be a multiple of {columns}, the number of classes, found {num_samples}; "
-            f"try `num_samples={3 * columns}`"
-        )
-    num_rows = num_samples // columns
     fewest = int(torch.bincount(labels, minlength=columns).min())
-    if num_rows > fewest:
+    if fewest == 0:
+        raise InputError("expected test images of every class, found none of some; choose data that has some of each")
+    num_rows = min(max(num_samples // columns, 1), fewest)
+    if num_samples != num_rows * columns:
         raise InputError(
-            f"expected `num_samples` of at most {columns * fewest}, for which there are enough test images of every "
-            f"class, found {num_samples}; try `num_samples={columns * max(fewest, 1)}`"
+            f"expected `num_samples` to be a multiple of {columns}, the number of classes, and at most "
+            f"{columns * fewest}, for which there are enough test images of every class, found {num_samples}; try "
+            f"`num_samples={num_rows * columns}`"
         )
     return torch.stack([(labels == label).nonzero()[:num_rows, 0] for label in range(columns)], dim=1).flatten()
 

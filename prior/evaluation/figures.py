@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from prior.codes import Codes
+from prior.codes import Codes, extract
 from prior.evaluation.classifier import Classifier, extract_features
 from prior.evaluation.metrics import frechet_distance, frechet_distance_at_infinity, kid, prdc
 from prior.evaluation.sets import ImageSet, unit_images
 from prior.independent import baselines
-from prior.likelihood import label_log_joint
+from prior.likelihood import label_log_joint, nats_by_position
 from prior.model import GatedPixelCNN
 from prior.train import evaluate_prior
-from vqvae.compute import derive_seed
+from vqvae.compute import derive_seed, in_batches
 from vqvae.console import progress
-from vqvae.data.dataset import DatasetInfo
+from vqvae.data.dataset import DatasetInfo, Split
+from vqvae.model import VQVAE
 
+AT_ONCE = 1000  # images or maps between two moves of a progress bar
 CONFIDENT = 0.99  # the probability from which on the classifier counts as confident
 
 
@@ -29,11 +31,13 @@ def measure_set(
     confidence, predicted = probabilities.max(dim=1)
     generator = torch.Generator().manual_seed(derive_seed(seed, "subsets"))  # the same subsets for every set
     kid_mean, kid_std = kid(real_features, features, generator)
-    figures = {
+    at_infinity = frechet_distance_at_infinity(real_features, features, generator)
+    figures: dict[str, Any] = {
         "name": image_set.name,
         "title": image_set.title,
         "fid": frechet_distance(real_features, features),
-        "fid_infinity": frechet_distance_at_infinity(real_features, features, generator),
+        "fid_infinity": at_infinity and at_infinity.value,  # None where there are too few images
+        "fid_infinity_error": at_infinity and at_infinity.error,
         "kid": kid_mean,
         "kid_std": kid_std,
         **prdc(real_features, features)._asdict(),
@@ -49,17 +53,41 @@ def measure_set(
     return figures
 
 
-def measure_likelihood(prior: GatedPixelCNN, codes: dict[str, Codes]) -> dict[str, dict[str, float]]:
-    """The likelihood of each split with its labels, beside that of the priors without neighbours.
+def measure_likelihood(prior: GatedPixelCNN, codes: dict[str, Codes], train: Codes) -> dict[str, dict[str, float]]:
+    """The likelihood of maps of each split with their labels, beside that of the priors without neighbours.
 
-    The training split is measured on as many maps as the last split has. The unigram is that of all its maps.
+    Args:
+        codes: the maps to measure, by the name of their split.
+        train: all training maps, for the unigram.
     """
-    num = len(list(codes.values())[-1].labels)
-    measured = {**codes, "train": Codes(codes["train"].indices[:num], codes["train"].labels[:num])}
-    return {
-        name: {**evaluate_prior(prior, split), **baselines(codes["train"], split, prior.num_codes)}
-        for name, split in measured.items()
-    }
+    figures = {}
+    with progress(sum(len(some.labels) for some in codes.values()), "map", doing="likelihood") as bar:
+        for name, some in codes.items():
+            likelihood = {**evaluate_prior(prior, some), **baselines(train, some, prior.num_codes)}
+            figures[name] = {"num_maps": len(some.labels), **likelihood}
+            bar.update(len(some.labels))
+    return figures
+
+
+def extract_codes(vqvae: VQVAE, split: Split) -> Codes:
+    """`extract`, with a progress bar."""
+    parts = []
+    with progress(len(split.labels), "image", doing="code maps") as bar:
+        for rows in in_batches(len(split.labels), AT_ONCE):
+            parts.append(extract(vqvae, Split(split.images[rows], split.labels[rows])))
+            bar.update(len(parts[-1].labels))
+    return Codes(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def measure_positions(prior: GatedPixelCNN, codes: Codes) -> Tensor:
+    """`nats_by_position` (h, w) on the CPU, with a progress bar."""
+    total, num = torch.zeros(prior.map_shape, dtype=torch.float64), len(codes.labels)
+    with progress(num, "map", doing="each position") as bar:
+        for rows in in_batches(num, AT_ONCE):
+            some = Codes(codes.indices[rows], codes.labels[rows])
+            total += nats_by_position(prior, some).cpu() * len(some.labels)
+            bar.update(len(some.labels))
+    return total / num
 
 
 def measure_without_label(prior: GatedPixelCNN, codes: Codes, info: DatasetInfo) -> dict[str, float]:
@@ -84,5 +112,9 @@ def measure_without_label(prior: GatedPixelCNN, codes: Codes, info: DatasetInfo)
 
 def structural_similarity(originals: Tensor, reconstructions: Tensor) -> float:
     """SSIM, mean over images: at most 1, which equal images have. Both are (N, C, H, W) uint8."""
-    target, found = unit_images(originals), unit_images(reconstructions)
-    return torch.as_tensor(structural_similarity_index_measure(found, target, data_range=1.0)).item()
+    total = 0.0
+    for rows in in_batches(len(originals), AT_ONCE):
+        target, found = unit_images(originals[rows]), unit_images(reconstructions[rows])
+        of_each = structural_similarity_index_measure(found, target, data_range=1.0, reduction="none")
+        total += torch.as_tensor(of_each).double().sum().item()
+    return total / len(originals)

@@ -3,21 +3,33 @@
 code maps --decoder--> sets of images --classifier--> features --metrics--> a row of figures for each set
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prior.codes import Codes, extract
+from prior.codes import extract
 from prior.evaluation.classifier import Classifier, extract_features, load_classifier
-from prior.evaluation.classifier_training import ClassifierTraining, accuracy_after_training_on, require_trainable
-from prior.evaluation.figures import measure_likelihood, measure_set, measure_without_label, structural_similarity
+from prior.evaluation.classifier_training import (
+    ClassifierTraining,
+    accuracy_after_training_on,
+    require_trainable,
+)
+from prior.evaluation.figures import (
+    extract_codes,
+    measure_likelihood,
+    measure_positions,
+    measure_set,
+    measure_without_label,
+    structural_similarity,
+)
 from prior.evaluation.memorisation import measure_memorisation
 from prior.evaluation.sets import (
     ImageSet,
     Sampler,
+    choose,
     decoded_images,
     make_samplers,
     real_images,
@@ -25,20 +37,18 @@ from prior.evaluation.sets import (
 )
 from prior.independent import nats_by_position as unigram_nats_by_position
 from prior.independent import unigram
-from prior.likelihood import nats_by_position
 from prior.model import GatedPixelCNN
 from prior.pair import Pair
 from prior.sampling import GUIDANCE, check_options
 from vqvae.console import progress, say
 from vqvae.data.dataset import Dataset, DatasetInfo, Split
+from vqvae.distributed import main_first
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
 from vqvae.quantizer import count_codes
 from vqvae.train import VQVAETraining, evaluate_vqvae
 
 FEWEST_IMAGES = 100  # with fewer, the figures say nothing
-
-T = TypeVar("T", Sampler, ImageSet)
 
 
 class Evaluation(NamedTuple):
@@ -56,7 +66,7 @@ class Evaluation(NamedTuple):
 def evaluate_pair(
     pair: Pair,
     classifier_file: Path,
-    dataset: Dataset,
+    load_dataset: Callable[[], Dataset],
     *,
     split: str = "test",
     num_samples: int | None = None,
@@ -69,6 +79,7 @@ def evaluate_pair(
 
     Args:
         classifier_file: weights of the classifier whose features the metrics are taken in.
+        load_dataset: is called after everything else has been checked, because it may fetch the data.
         split: "validation" to choose by, or "test" to report.
         num_samples: images in each set, at least 100. None takes as many as the split has.
         guidance: of samples with labels. None stands for `sampling.GUIDANCE`.
@@ -80,10 +91,20 @@ def evaluate_pair(
     """
     if split not in ("validation", "test"):
         raise InputError(f"expected `split` to be validation or test, found {split!r}; try `split=test`")
-    require_same_kind(pair.info, dataset.info)
+    guidance = GUIDANCE if guidance is None else guidance
+    check_options(guidance, temperature=1, top_k=None, top_p=1)
+    if num_samples is not None and num_samples < FEWEST_IMAGES:
+        raise InputError(
+            f"expected `num_samples` of at least {FEWEST_IMAGES}, found {num_samples}; try "
+            f"`num_samples={FEWEST_IMAGES}`"
+        )
     if accuracy_score:
         require_trainable(pair.info)
     classifier, classifier_header = load_classifier(classifier_file, pair.vqvae.device)
+    require_fitting(classifier, pair.info)
+    with main_first():
+        dataset = load_dataset()
+    require_same_kind(pair.info, dataset.info)
     splits = {"train": dataset.train, "validation": dataset.validation}
     if split == "test":
         splits["test"] = dataset.load_test()
@@ -95,7 +116,7 @@ def evaluate_pair(
         splits,
         num_samples=len(splits[split].images) if num_samples is None else num_samples,
         seed=seed,
-        guidance=GUIDANCE if guidance is None else guidance,
+        guidance=guidance,
     )
     evaluation.figures["origin"] |= {
         "vqvae": pair.vqvae_header.fingerprint,
@@ -129,59 +150,71 @@ def evaluate(
         info: what the images are; labels that are not asked for are drawn from its class frequencies.
         splits: the training images as `train`, which every set is compared with, and others by name. The last one is
             measured: validation to choose by, test to report.
-        num_samples: images in each set, between 100 and the number of images in the measured split.
+        num_samples: images in each set, between 100 and the number of images in the measured split. Every figure is
+            taken on as many images. Only nearest images, copies and the unigram are looked for in all training images.
+        seed: of what is drawn: the samples, and the images that are measured where there are more.
         guidance: of samples with labels. If it is not 1, samples of guidance 1 are measured too.
     Raises:
         InputError: `num_samples` or `guidance` is out of range, a split is too small, or the classifier has learned
             other images or classes.
     """
     train, (measured_name, measured) = splits["train"], list(splits.items())[-1]
+    most = min(len(train.images), len(measured.images))
     check_options(guidance, temperature=1, top_k=None, top_p=1)
-    _check(classifier, info, num_samples, most=min(len(train.images), len(measured.images)))
-    reference, held_out = train.first(num_samples), measured.first(num_samples)
-    say("extracting the code maps")
-    codes = {name: extract(vqvae, split) for name, split in splits.items()}
-    train_codes, measured_codes = codes["train"], codes[measured_name]
-    held_out_codes = Codes(measured_codes.indices[:num_samples], measured_codes.labels[:num_samples])
+    require_fitting(classifier, info)
+    _check_num(num_samples, most)
+    # The sets are compared with the first training images, as many as there are to measure.
+    chosen = {name: choose(split, num_samples, seed) for name, split in {**splits, "train": train.first(most)}.items()}
+    reference, held_out = chosen["train"], chosen[measured_name]
+    features, _ = extract_features(classifier, reference.images)
+    if not features.isfinite().all():
+        raise InputError("expected a classifier of finite features, found others; train one with `train_classifier()`")
+    train_codes = extract_codes(vqvae, train)
+    codes = {name: extract(vqvae, split) for name, split in chosen.items()}
     frequencies = unigram(train_codes, vqvae.config.num_codes)
 
     samplers = make_samplers(vqvae, prior, info, held_out, reference.labels, frequencies, seed=seed, guidance=guidance)
-    drawn = [decoded_images(sampler, vqvae, seed) for sampler in _with_progress(samplers, "drawing")]
-    sets = {image_set.name: image_set for image_set in [real_images(held_out, info), *drawn]}
-    features, _ = extract_features(classifier, reference.images)
-    rows = [measure_set(s, classifier, features, info, seed) for s in _with_progress([*sets.values()], "measuring")]
-
-    say("measuring memorisation and likelihood")
+    image_sets = [real_images(held_out, info), *_draw(samplers, vqvae, num_samples, seed)]
+    rows = []
+    with progress(len(image_sets), "set") as bar:
+        for image_set in image_sets:
+            bar.set_description(f"measuring: {image_set.title}", refresh=False)
+            rows.append(measure_set(image_set, classifier, features, info, seed))
+            bar.update()
+    sets = {image_set.name: image_set for image_set in image_sets}
     labelled_samples = sets.get("pixelcnn_guided") or sets.get("pixelcnn_labelled") or sets["pixelcnn"]
-    memorisation, closest = measure_memorisation(
-        sets["real"].images,
-        sets["reconstructions"].images,
-        labelled_samples,
-        train.images,
-        train_codes.indices,
-        held_out_codes.indices,
-    )
+    with progress(3 * num_samples, "image", doing="nearest training images") as bar:
+        memorisation, closest = measure_memorisation(
+            sets["real"].images,
+            sets["reconstructions"].images,
+            labelled_samples,
+            train.images,
+            train_codes.indices,
+            codes[measured_name].indices,
+            bar.update,
+        )
     figures = {
         "origin": {"split": measured_name, "num_samples": num_samples, "seed": seed, "guidance": guidance},
         "class_names": list(info.class_names),
         "rows": rows,
         "stage_one": {
-            **evaluate_vqvae(vqvae, measured.to(vqvae.device), VQVAETraining()),
+            "num_images": num_samples,
+            **evaluate_vqvae(vqvae, held_out.to(vqvae.device), VQVAETraining()),
             "ssim": structural_similarity(held_out.images, sets["reconstructions"].images),
         },
-        "likelihood": measure_likelihood(prior, codes),
+        "likelihood": measure_likelihood(prior, codes, train_codes),
         "memorisation": memorisation,
     }
     if info.class_names:
-        figures["without_label"] = measure_without_label(prior, held_out_codes, info)
+        figures["without_label"] = measure_without_label(prior, codes[measured_name], info)
     return Evaluation(
         figures,
-        list(sets.values()),
+        image_sets,
         labelled_samples,
         closest,
-        nats_by_position(prior, measured_codes).cpu(),
-        unigram_nats_by_position(frequencies, measured_codes.indices).cpu(),
-        count_codes(measured_codes.indices, vqvae.config.num_codes).cpu(),
+        measure_positions(prior, codes[measured_name]),
+        unigram_nats_by_position(frequencies, codes[measured_name].indices).cpu(),
+        count_codes(codes[measured_name].indices, vqvae.config.num_codes).cpu(),
     )
 
 
@@ -207,16 +240,11 @@ def classification_accuracy_score(
     return scores
 
 
-def _with_progress(items: Sequence[T], doing: str) -> Iterator[T]:
-    """The items one by one. A progress bar says which one is being worked on."""
-    with progress(len(items), "set") as bar:
-        for item in items:
-            bar.set_description(f"{doing}: {item.title}", refresh=False)
-            yield item
-            bar.update()
-
-
-def _check(classifier: Classifier, info: DatasetInfo, num_samples: int, most: int) -> None:
+def require_fitting(classifier: Classifier, info: DatasetInfo) -> None:
+    """
+    Raises:
+        InputError: the classifier has learned other images or classes.
+    """
     if classifier.image_shape != info.image_shape:
         raise InputError(
             f"expected a classifier of images {info.image_shape}, found one of images {classifier.image_shape}; train "
@@ -227,6 +255,20 @@ def _check(classifier: Classifier, info: DatasetInfo, num_samples: int, most: in
             f"expected a classifier of {info.num_classes} classes, found one of {classifier.num_classes}; train one on "
             f"{info.name} with `train_classifier()`"
         )
+
+
+def _draw(samplers: list[Sampler], vqvae: VQVAE, num: int, seed: int) -> list[ImageSet]:
+    """A set of `num` images from each sampler."""
+    drawn: list[ImageSet] = []
+    with progress(num * len(samplers), "map") as bar:
+        for sampler in samplers:
+            bar.set_description(f"drawing: {sampler.title}", refresh=False)
+            drawn.append(decoded_images(sampler, vqvae, seed, bar.update))
+            bar.update(num * len(drawn) - bar.n)  # not every sampler tells, and of several processes each its share
+    return drawn
+
+
+def _check_num(num_samples: int, most: int) -> None:
     if most < FEWEST_IMAGES:
         raise InputError(
             f"expected at least {FEWEST_IMAGES} images in each split, found {most}; measure with a larger dataset"

@@ -5,6 +5,7 @@ classifiers: any features will do, but figures compare only with figures of the 
 number of rows, because the Fréchet distance grows as the sets get smaller.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 KID_NUM_SUBSETS = 50
-KID_SUBSET_SIZE = 1000
+KID_SUBSET_SIZE = 1000  # at most; never more than half of a set
+NUM_HALVES = 20  # random halves that a standard error is taken over
+NUM_FITS = 8  # of the extrapolation to infinity
 NUM_NEIGHBOURS = 5  # k of precision, recall, density and coverage
 NUM_EXTRAPOLATION_SIZES = 8
 ROWS_AT_ONCE = 1000  # rows of a distance matrix that are in memory at the same time
@@ -37,16 +40,41 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return (means + covariance_real.trace() + covariance_fake.trace() - 2 * cross).item()
 
 
-def frechet_distance_at_infinity(real: Tensor, fake: Tensor, generator: torch.Generator) -> float:
+class Estimate(NamedTuple):
+    """A figure and its standard error."""
+
+    value: float
+    error: float
+
+
+def frechet_distance_at_infinity(real: Tensor, fake: Tensor, generator: torch.Generator) -> Estimate | None:
     """The Fréchet distance extrapolated to infinitely many samples (arXiv:1911.07023).
 
     The distance of N samples is about a + b / N. The result is the a of a line fitted to the distances of subsets of
-    several sizes, from a quarter of the samples to all of them. It may be a little below 0.
+    several sizes, from a quarter of the samples to all of them: the mean over several fits, because the choice of the
+    subsets matters much. It may be a little below 0.
 
     Args:
         real, fake: (N, F) and (M, F) features.
         generator: draws the subsets; it is on the CPU.
+    Returns:
+        None where a quarter of the samples are no more than F. Their covariance has no full rank, and there the
+        distance does not follow that line. Else the error is that of the fits, and that of the samples: the standard
+        deviation of the distance over random halves of both sets. A half varies twice as much as the whole, but the
+        halves share half of what they have. Where the true distance is near 0 the error is up to twice too large.
     """
+    if min(len(real), len(fake)) // 4 <= real.shape[1]:
+        return None
+    fits = torch.tensor([_intercept(real, fake, generator) for _ in range(NUM_FITS)])
+    halves = [
+        frechet_distance(_subset(real, len(real) // 2, generator), _subset(fake, len(fake) // 2, generator))
+        for _ in range(NUM_HALVES)
+    ]
+    variance = fits.var() / NUM_FITS + torch.tensor(halves).var()
+    return Estimate(fits.mean().item(), variance.sqrt().item())
+
+
+def _intercept(real: Tensor, fake: Tensor, generator: torch.Generator) -> float:
     most = min(len(real), len(fake))
     sizes = torch.linspace(most / 4, most, NUM_EXTRAPOLATION_SIZES).long().tolist()
     distances = [frechet_distance(_subset(real, size, generator), _subset(fake, size, generator)) for size in sizes]
@@ -54,23 +82,23 @@ def frechet_distance_at_infinity(real: Tensor, fake: Tensor, generator: torch.Ge
     return torch.linalg.lstsq(inverse, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[0, 0].item()
 
 
-def kid(real: Tensor, fake: Tensor, generator: torch.Generator) -> tuple[float, float | None]:
+def kid(real: Tensor, fake: Tensor, generator: torch.Generator) -> Estimate:
     """KID: the squared maximum mean discrepancy under the kernel (x.y / F + 1)^3, unbiased (arXiv:1801.01401).
 
     Args:
-        real, fake: (N, F) and (M, F) features, each of at least 2 rows.
+        real, fake: (N, F) and (M, F) features, each of at least 4 rows.
         generator: draws the subsets that the mean is taken over; it is on the CPU.
     Returns:
-        the mean over the subsets, which may be a little below 0; and their standard deviation. The latter is None
-        where the sets are so small that every subset is the whole set: then the subsets say nothing about the spread.
+        the mean over the subsets, which may be a little below 0, and their standard deviation. A subset is no more than
+        half of a set, because subsets that share most of their rows would hardly differ. Where it is half, this is the
+        standard error of the whole. Where it is less, the error is smaller.
     """
-    size = min(KID_SUBSET_SIZE, len(real), len(fake))
+    size = min(KID_SUBSET_SIZE, len(real) // 2, len(fake) // 2)
     values = [
         _squared_mmd(_subset(real, size, generator), _subset(fake, size, generator)) for _ in range(KID_NUM_SUBSETS)
     ]
     distances = torch.tensor(values, dtype=torch.float64)
-    subsets_differ = size < max(len(real), len(fake))
-    return distances.mean().item(), distances.std().item() if subsets_differ else None
+    return Estimate(distances.mean().item(), distances.std().item())
 
 
 def _squared_mmd(real: Tensor, fake: Tensor) -> float:
@@ -117,22 +145,48 @@ def prdc(real: Tensor, fake: Tensor, k: int = NUM_NEIGHBOURS) -> PRDC:
     )
 
 
-def nearest(vectors: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(
+    vectors: Tensor, reference: Tensor, progress: Callable[[int], object] = lambda num_done: None
+) -> tuple[Tensor, Tensor]:
     """For each of the vectors (N, P), its nearest among the reference vectors (M, P).
 
+    Args:
+        progress: called with the number of vectors that are done since the last call.
     Returns:
         the Euclidean distances (N,), and the rows (N,) int64 of `reference` that they are to.
     """
-    found = [torch.cdist(rows, reference).min(dim=1) for rows in vectors.split(ROWS_AT_ONCE)]
+    found = []
+    for rows in vectors.split(ROWS_AT_ONCE):
+        found.append(torch.cdist(rows, reference).min(dim=1))
+        progress(len(rows))
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def mann_whitney_p(a: Tensor, b: Tensor) -> float:
     """One-sided p-value of the Mann-Whitney test that the distances `a` (N,) are smaller than `b` (M,).
 
-    A small value says that `a` lies closer. The data-copying test of arXiv:2004.05675 is this one.
+    A small value says that `a` lies closer. The data-copying test of arXiv:2004.05675 is this one. The test takes all
+    distances as independent, and a p-value says nothing of how much closer `a` lies: `share_closer` does.
     """
     return float(mannwhitneyu(a.numpy(), b.numpy(), alternative="less").pvalue)
+
+
+def share_closer(a: Tensor, b: Tensor) -> Estimate:
+    """In which share of the pairs of a distance of `a` (N,) and one of `b` (M,) that of `a` is smaller.
+
+    Ties count half. It is 1/2 where both come from one distribution. The standard error is DeLong's (Biometrics 44,
+    837), for which sets that are wholly apart have none. So it is at least the share of one image.
+    """
+    shares_of_a, shares_of_b = 1 - _share_below(a, b), _share_below(b, a)
+    variance = shares_of_a.var() / len(a) + shares_of_b.var() / len(b)
+    return Estimate(shares_of_a.mean().item(), max(variance.sqrt().item(), 1 / min(len(a), len(b))))
+
+
+def _share_below(values: Tensor, others: Tensor) -> Tensor:
+    """For each value (N,), the share of the others (M,) below it, float64. Ties count half."""
+    values, ordered = values.contiguous(), others.sort().values
+    below, not_above = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+    return (below + not_above).double() / (2 * len(others))
 
 
 def _radii(features: Tensor, k: int) -> Tensor:

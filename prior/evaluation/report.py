@@ -1,26 +1,31 @@
 """An evaluation written down: metrics.json and tables, pictures, and one HTML page that holds everything."""
 
 import base64
-import io
 import json
+import math
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment
-from matplotlib.figure import Figure
-from torch import Tensor
 
 from prior.evaluation.measure import Evaluation, evaluate_pair
+from prior.evaluation.plots import plot_code_usage, plot_heat_maps
 from prior.evaluation.sets import unit_images
 from prior.evaluation.tables import Table, as_markdown, as_text, describe_origin, notes, tabulate
 from prior.pair import Pair
 from vqvae.data.dataset import Dataset
+from vqvae.distributed import is_main
+from vqvae.errors import InputError
 from vqvae.pictures import grid_png
-from vqvae.storage.files import make_folder, write_atomically
+from vqvae.storage.files import open_checked, read_at_most, require_writable_file, write_atomically
 
+FILES = ("metrics.json", "table.txt", "table.md", "report.html")  # in every report, beside the pictures
+NOT_ALWAYS = ("pixelcnn_guided", "pixelcnn_labelled", "pixelcnn_unlabelled")  # sets that only some reports have
+LONGEST_JSON = 2**24  # bytes of a metrics.json that is read
 NUM_SHOWN = 100
-WIDEST_WITH_NUMBERS = 12  # a map of more columns has no space for its numbers
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -74,17 +79,21 @@ class Picture(NamedTuple):
     png: bytes
 
 
-def evaluate_and_report(pair: Pair, classifier_file: Path, dataset: Dataset, folder: Path, **options: Any) -> str:
+def evaluate_and_report(
+    pair: Pair, classifier_file: Path, load_dataset: Callable[[], Dataset], folder: Path, **options: Any
+) -> str:
     """Measure a pair, write the report into a folder, and return all tables as text.
 
     Args:
+        load_dataset: is called after everything else has been checked.
         options: split, num_samples, guidance, seed and accuracy_score of `measure.evaluate_pair`.
     Raises:
         InputError: an option is out of range, a file is missing or damaged, or the folder can't be written.
     """
-    make_folder(folder)  # before the measuring, which takes minutes
+    for name in FILES:
+        require_writable_file(folder / name)  # before the measuring, which takes minutes
     save = partial(write_report, folder=folder)
-    evaluation = evaluate_pair(pair, classifier_file, dataset, save=save, **options)
+    evaluation = evaluate_pair(pair, classifier_file, load_dataset, save=save, **options)
     save(evaluation)
     return tables_as_text(evaluation)
 
@@ -92,13 +101,15 @@ def evaluate_and_report(pair: Pair, classifier_file: Path, dataset: Dataset, fol
 def write_report(evaluation: Evaluation, folder: Path) -> None:
     """Write everything into a folder, which is made if it is missing. The numbers come first, then the pictures.
 
+    Pictures of an older report that this one does not have are deleted in the end.
+
     Raises:
         InputError: the folder can't be written.
     """
-    figures = evaluation.figures
+    figures, older = evaluation.figures, _sets_of_report(folder)
     about, remarks, tables = describe_origin(figures), notes(figures), tabulate(figures)
     texts = {
-        "metrics.json": [json.dumps(figures, indent=2)],
+        "metrics.json": [json.dumps(_finite(figures), indent=2, allow_nan=False)],
         "table.txt": [*about, *remarks, *(f"\n{title}\n{as_text(rows)}" for title, rows in tables)],
         "table.md": [*about, "", *remarks, *(f"\n**{title}**\n\n{as_markdown(rows)}" for title, rows in tables)],
     }
@@ -108,6 +119,29 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     for name, picture in pictures.items():
         write_atomically(folder / f"{name}.png", picture.png)
     write_atomically(folder / "report.html", render_page(about, remarks, tables, list(pictures.values())).encode())
+    for name in (older & set(NOT_ALWAYS)) - set(pictures):
+        if is_main():
+            with suppress(OSError):  # a folder of that name, or one that was closed meanwhile
+                (folder / f"{name}.png").unlink()
+
+
+def _finite(value: Any) -> Any:
+    """Plain data without NaN and infinities, for which JSON has no word: None stands for them."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sets_of_report(folder: Path) -> set[str]:
+    """The names of the sets in the report that lies in a folder. There are none where the file is not of a report."""
+    path = folder / "metrics.json"
+    try:
+        with open_checked(path, "the figures of an evaluation", "delete it") as file:
+            return {str(row["name"]) for row in json.loads(read_at_most(file, LONGEST_JSON))["rows"]}
+    except InputError:
+        return set()
 
 
 def tables_as_text(evaluation: Evaluation) -> str:
@@ -145,37 +179,3 @@ def draw_pictures(evaluation: Evaluation) -> dict[str, Picture]:
         "How often each code is chosen, most frequent first", plot_code_usage(evaluation.code_counts)
     )
     return pictures
-
-
-def plot_heat_maps(maps: dict[str, Tensor]) -> bytes:
-    """Nats per code by position, as PNG: maps (h, w) side by side under their titles. All share one scale."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    panels = figure.subplots(1, len(maps))
-    most = max(float(nats.max()) for nats in maps.values())
-    for panel, (title, nats) in zip(panels, maps.items(), strict=True):
-        image = panel.imshow(nats.numpy(), vmin=0, vmax=most, cmap="viridis")
-        panel.set_title(f"{title}: {nats.mean():.2f}")
-        for i, row in enumerate(nats.tolist()):
-            for j, value in enumerate(row if nats.shape[1] <= WIDEST_WITH_NUMBERS else []):
-                color = "white" if value < most / 2 else "black"
-                panel.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
-    figure.colorbar(image, ax=panels, label="nats per code")
-    return _to_png(figure)
-
-
-def plot_code_usage(counts: Tensor) -> bytes:
-    """The share of each code, the most frequent first, as PNG. `counts` is (K,) int64."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    panel = figure.subplots()
-    ordered = counts.sort(descending=True).values
-    panel.plot((ordered / ordered.sum()).numpy(), label="share of all codes")
-    panel.axhline(1 / len(ordered), color="gray", linestyle="--", label="an even split")
-    panel.set(xlabel="code, by rank", ylabel="share", yscale="log", xlim=(0, len(ordered) - 1))
-    panel.legend()
-    return _to_png(figure)
-
-
-def _to_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()

@@ -18,6 +18,8 @@ from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE
 
+Progress = Callable[[int], object]  # is called with the number of items that were finished since the last call
+
 
 class ImageSet(NamedTuple):
     """Images that came about in one way."""
@@ -34,8 +36,20 @@ class Sampler(NamedTuple):
 
     name: str
     title: str
-    draw: Callable[[torch.Generator], Tensor]  # a generator on the CPU to codes (N, h, w) int64
+    # A generator on the CPU to codes (N, h, w) int64. The second argument is called with the number of finished maps.
+    draw: Callable[[torch.Generator, Progress], Tensor]
     labels: Tensor | None = None  # (N,) int64, the classes that the maps are drawn for
+
+
+def choose(split: Split, num: int, seed: int) -> Split:
+    """`num` images of a split, in its order. All of them, if there are no more.
+
+    They are drawn, because neighbours are alike: the first thousand images of MNIST are by a few people, and two such
+    thousands differ by far more than chance.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "images"))
+    rows = torch.randperm(len(split.labels), generator=generator)[:num].sort().values
+    return Split(split.images[rows], split.labels[rows])
 
 
 def real_images(held_out: Split, info: DatasetInfo) -> ImageSet:
@@ -43,10 +57,11 @@ def real_images(held_out: Split, info: DatasetInfo) -> ImageSet:
     return ImageSet("real", "held-out images", held_out.images, labels=held_out.labels if info.class_names else None)
 
 
-def decoded_images(sampler: Sampler, vqvae: VQVAE, seed: int) -> ImageSet:
+def decoded_images(sampler: Sampler, vqvae: VQVAE, seed: int, progress: Progress = lambda num_done: None) -> ImageSet:
     """What a sampler draws, decoded. Each sampler has a generator of its own, derived from the seed and its name."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, sampler.name))
     with eval_mode(vqvae):
-        indices = sampler.draw(torch.Generator().manual_seed(derive_seed(seed, sampler.name))).to(vqvae.device)
+        indices = sampler.draw(generator, progress).to(vqvae.device)
     images = to_bytes(decode_images(vqvae, indices))
     return ImageSet(sampler.name, sampler.title, images, indices, sampler.labels)
 
@@ -73,7 +88,7 @@ def make_samplers(
     """
     num = len(held_out.images)
 
-    def reconstruct(_: torch.Generator) -> Tensor:
+    def reconstruct(generator: torch.Generator, progress: Progress) -> Tensor:
         return encode_images(vqvae, held_out.images)
 
     even = uniform(vqvae.map_shape, vqvae.config.num_codes)
@@ -81,10 +96,10 @@ def make_samplers(
     return [
         Sampler("reconstructions", "their reconstructions", reconstruct, held_out_labels),
         *prior_samplers(prior, info, labels, num, seed=seed, guidance=guidance),
-        Sampler("unigram", "per-position unigram", lambda g: draw_independently(unigram, num, g)),
-        Sampler("uniform", "uniform code", lambda g: draw_independently(even, num, g)),
-        Sampler("gaussian_latent", "gaussian latents", lambda g: gaussian_latents(vqvae, num, g)),
-        Sampler("gaussian_image", "gaussian images", lambda g: gaussian_images(vqvae, num, g)),
+        Sampler("unigram", "per-position unigram", lambda g, _: draw_independently(unigram, num, g)),
+        Sampler("uniform", "uniform code", lambda g, _: draw_independently(even, num, g)),
+        Sampler("gaussian_latent", "gaussian latents", lambda g, _: gaussian_latents(vqvae, num, g)),
+        Sampler("gaussian_image", "gaussian images", lambda g, _: gaussian_images(vqvae, num, g)),
     ]
 
 
@@ -98,9 +113,14 @@ def prior_samplers(
     """
 
     def with_labels(name: str, title: str, labels: Tensor, guidance: float) -> Sampler:
-        return Sampler(name, title, lambda g: draw_maps(prior, num, g, labels=labels, guidance=guidance), labels)
+        def draw(generator: torch.Generator, progress: Progress) -> Tensor:
+            return draw_maps(prior, num, generator, labels=labels, guidance=guidance, progress=progress)
 
-    without_label = Sampler("pixelcnn", "pixelcnn without any label", lambda g: draw_maps(prior, num, g))
+        return Sampler(name, title, draw, labels)
+
+    without_label = Sampler(
+        "pixelcnn", "pixelcnn without any label", lambda g, progress: draw_maps(prior, num, g, progress=progress)
+    )
     if not info.class_names:
         return [without_label._replace(title="pixelcnn")]
     asked_for = "pixelcnn, labels asked for, guidance"

@@ -13,15 +13,23 @@ NOTE = (
     "FID and KID are in the features of the project's own classifier: they are not Inception figures and compare only "
     "with figures of the same classifier."
 )
+NOTE_ON_ERRORS = (
+    "After ± stands a standard error, for KID that of sets of at most "
+    f"{KID_SUBSET_SIZE:,} images. Errors and p-values take images as independent; where few people wrote many of them, "
+    "they are too small. After < stands what FID∞ is hardly above, where it cannot be told from 0."
+)
+FEW = 5000  # images in a set
 NOTE_ON_FEW = (
-    f"The sets have no more than {KID_SUBSET_SIZE:,} images each. So FID is much too high, FID∞ is uncertain, "
-    "and KID has no spread over subsets."
+    f"The sets have fewer than {FEW:,} images each, too few for most figures to mean much. FID is too high, and "
+    "compares only with that of as many images; FID∞ is left out where there are fewer than four images for each "
+    "feature; a small p-value may be chance."
 )
 
 
 def tabulate(figures: dict[str, Any]) -> list[Table]:
     """The figures of an evaluation as tables, the most important first."""
-    tables = [("Sets of images against training images", _sets(figures["rows"]))]
+    num = figures["origin"]["num_samples"]
+    tables = [(f"Sets of {num:,} images against as many training images", _sets(figures["rows"]))]
     if "classification_accuracy_score" in figures:
         tables.append(("Classification accuracy score", _accuracy_score(figures["classification_accuracy_score"])))
     tables += [
@@ -46,7 +54,8 @@ def describe_origin(figures: dict[str, Any]) -> list[str]:
 
 def notes(figures: dict[str, Any]) -> list[str]:
     """What a reader of the tables has to know."""
-    return [NOTE, NOTE_ON_FEW] if figures["origin"]["num_samples"] <= KID_SUBSET_SIZE else [NOTE]
+    always = [NOTE, NOTE_ON_ERRORS]
+    return [*always, NOTE_ON_FEW] if figures["origin"]["num_samples"] < FEW else always
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
@@ -69,8 +78,8 @@ def _sets(rows: list[dict[str, Any]]) -> Rows:
         [
             row["title"],
             f"{row['fid']:.3f}",
-            f"{row['fid_infinity']:.3f}",
-            _kid(row),
+            _at_infinity(row["fid_infinity"], row["fid_infinity_error"]),
+            _with_error(1000 * row["kid"], 1000 * row["kid_std"], digits=2),
             *(f"{row[name]:.3f}" for name in shares),
             f"{row['agreement']:.4f}" if "agreement" in row else "",
         ]
@@ -78,9 +87,18 @@ def _sets(rows: list[dict[str, Any]]) -> Rows:
     ]
 
 
-def _kid(row: dict[str, Any]) -> str:
-    spread = "" if row["kid_std"] is None else f" ± {1000 * row['kid_std']:.2f}"
-    return f"{1000 * row['kid']:.2f}{spread}"
+def _with_error(value: float, error: float, digits: int) -> str:
+    """A figure and its error, which is left out where it would be shown as 0."""
+    shown = f"{error:.{digits}f}"
+    return f"{value:.{digits}f}" + (f" ± {shown}" if float(shown) > 0 else "")
+
+
+def _at_infinity(value: float | None, error: float | None) -> str:
+    if value is None or error is None:
+        return "too few"
+    if value > 2 * error:
+        return _with_error(value, error, digits=3)
+    return f"< {max(value, 0) + 2 * error:.3f}"
 
 
 def _accuracy_score(score: dict[str, float]) -> Rows:
@@ -93,8 +111,9 @@ def _accuracy_score(score: dict[str, float]) -> Rows:
 
 def _stage_one(figures: dict[str, float]) -> Rows:
     return [
-        ["squared error", "PSNR", "SSIM", "perplexity", "codes used"],
+        ["images", "squared error", "PSNR", "SSIM", "perplexity", "codes used"],
         [
+            str(figures["num_images"]),
             f"{figures['squared_error']:.5f}",
             f"{figures['psnr_db']:.2f} dB",
             f"{figures['ssim']:.4f}",
@@ -105,10 +124,11 @@ def _stage_one(figures: dict[str, float]) -> Rows:
 
 
 def _likelihood(splits: dict[str, dict[str, float]]) -> Rows:
-    head = ["split", "nats per code", "bits per image", "unigram", "uniform", "over unigram"]
+    head = ["split", "maps", "nats per code", "bits per image", "unigram", "uniform", "over unigram"]
     return [head] + [
         [
             name,
+            str(values["num_maps"]),
             f"{values['nats_per_code']:.3f}",
             f"{values['bits_per_image']:.1f}",
             f"{values['unigram']:.3f}",
@@ -127,29 +147,27 @@ def _without_label(figures: dict[str, float]) -> Rows:
 
 
 def _memorisation(figures: dict[str, Any]) -> Rows:
-    distance = figures["distance"]
-    p_samples = f"{figures['p_closer_than_real']:.3g}"
-    p_reconstructions = f"{figures['p_closer_than_reconstructions']:.3g}"
+    def closer(comparison: str) -> str:
+        share, error = figures[comparison]
+        return f"{_with_error(share, error, digits=3)} (p {figures[f'p_{comparison}']:.3g})"
+
+    def start(title: str, name: str) -> list[str]:
+        return [title, str(figures["num_images"]), f"{figures['distance'][name]:.4f}"]
+
+    reconstructions, copies = closer("reconstructions_closer_than_real"), str(figures["copied_maps_real"])
+    samples = [closer("closer_than_real"), closer("closer_than_reconstructions")]
     return [
         [
             "to the nearest training image (rms over pixels)",
+            "images",
             "distance",
-            "p, test for lying closer than held-out images",
+            "share closer than held-out images (0.5: none is)",
+            "than their reconstructions",
             "same map",
         ],
-        ["held-out images", f"{distance['real']:.4f}", "", str(figures["copied_maps_real"])],
-        [
-            "their reconstructions",
-            f"{distance['reconstructions']:.4f}",
-            f"{figures['p_reconstructions_closer_than_real']:.3g}",
-            str(figures["copied_maps_real"]),
-        ],
-        [
-            "samples",
-            f"{distance['samples']:.4f}",
-            f"{p_samples} (their reconstructions: {p_reconstructions})",
-            str(figures["copied_maps"]),
-        ],
+        [*start("held-out images", "real"), "", "", copies],
+        [*start("their reconstructions", "reconstructions"), reconstructions, "", copies],
+        [*start("samples", "samples"), *samples, str(figures["copied_maps"])],
     ]
 
 

@@ -1,12 +1,15 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from prior.evaluation.comparison import as_text, compare_modes, save_comparison
+from prior.evaluation.comparison import as_text, compare_modes, first_of_each_class, save_comparison
 from prior.likelihood import nats_per_map
 from prior.pair import draw_maps
 from prior.sampling import GUIDANCE, draw_labels
@@ -85,10 +88,24 @@ def test_every_mode_has_its_images_and_figures_and_is_in_the_table_and_the_files
 def test_samples_that_make_no_whole_rows_and_other_data_are_refused(tmp_path: Path) -> None:
     pair = save_pair(tmp_path)
     for num, data, message in (
-        (15, make_data(), "`num_samples` to be a multiple of 10, .* found 15; try `num_samples=30`"),
+        (15, make_data(), "`num_samples` to be a multiple of 10, .* found 15; try `num_samples=10`"),
         (0, make_data(), "`num_samples` to be a multiple of 10"),
-        (70, make_data(num_test=65), "`num_samples` of at most 60, .* found 70; try `num_samples=60`"),
+        (70, make_data(num_test=65), "at most 60, .* found 70; try `num_samples=60`"),
+        (10, make_data(num_test=9), "images of every class, found none of some"),
         (30, make_data(3), "like those of made"),
     ):
         with pytest.raises(InputError, match=message):
             compare_modes(pair, data, num_samples=num)
+
+
+@given(num_samples=st.integers(-3, 80), counts=st.lists(st.integers(0, 7), min_size=1, max_size=6))
+def test_advice_on_the_number_of_samples_is_accepted(num_samples: int, counts: list[int]) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    for num_classes in {len(counts), 0} if len(counts) == 1 else {len(counts)}:
+        try:
+            assert len(first_of_each_class(labels, num_samples, num_classes)) == num_samples
+        except InputError as error:
+            advice = re.search(r"try `num_samples=(.*)`", str(error))
+            assert bool(advice) == (min(counts) > 0)  # no number is advised where none would do
+            if advice:
+                first_of_each_class(labels, int(advice[1]), num_classes)

@@ -1,14 +1,15 @@
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from prior.codes import Codes, extract
-from prior.evaluation import classifier, figures, measure, memorisation, metrics, sets
+from prior.codes import extract
+from prior.evaluation import classifier, figures, measure, memorisation, metrics, report, sets
 from prior.evaluation.classifier_training import ClassifierTraining
 from prior.independent import baselines, nats_by_position, unigram
 from prior.likelihood import label_log_joint, mixture_nats_per_map
@@ -40,7 +41,7 @@ def test_a_sets_figures_are_those_of_its_features_and_of_what_each_image_is_take
     p, generator = model.head(features).softmax(dim=1), seeded(5, "subsets")  # the same subsets for every set
     expected = dict(zip(("kid", "kid_std"), metrics.kid(real, features, generator), strict=True))
     expected |= {"name": "name", "title": "A title", "fid": metrics.frechet_distance(real, features)}
-    expected["fid_infinity"] = metrics.frechet_distance_at_infinity(real, features, generator)
+    expected |= {"fid_infinity": None, "fid_infinity_error": None}  # 30 images are too few
     expected["confident"] = pytest.approx(sum(row.max() >= 0.99 for row in p).item() / 30)
     expected |= metrics.prdc(real, features)._asdict()
     assert expected["fid"] > 2 * metrics.frechet_distance(real, others)
@@ -62,14 +63,15 @@ def test_structural_similarity_is_1_for_equals_and_the_mean_of_its_closed_form_f
     assert figures.structural_similarity(BLENDS, DIGITS.images) < 0.9
 
 
-def test_the_likelihood_is_that_of_as_many_maps_of_each_split_and_without_a_label_the_mixtures() -> None:
+def test_the_likelihood_is_that_of_the_maps_and_without_a_label_the_mixtures() -> None:
     prior, info = make_prior((2, 3), num_codes=5, num_classes=3), make_info(num_classes=3)
     prior.head[-1].weight.data.mul_(5)
     sizes = {"train": 50, "validation": 15, "test": 20}
     splits = {name: helpers.make_codes(num, prior, num) for name, num in sizes.items()}
-    few = {name: Codes(codes.indices[:20], codes.labels[:20]) for name, codes in splits.items()}
-    assert figures.measure_likelihood(prior, splits) == {  # beside the unigram of all training maps
-        name: evaluate_prior(prior, codes) | baselines(splits["train"], codes, 5) for name, codes in few.items()
+    train = helpers.make_codes(90, prior, 90)
+    assert figures.measure_likelihood(prior, splits, train) == {  # beside the unigram of all training maps
+        name: evaluate_prior(prior, codes) | baselines(train, codes, 5) | {"num_maps": sizes[name]}
+        for name, codes in splits.items()
     }
     maps, labels = splits["train"]
     right = label_log_joint(prior, maps, info.class_frequencies).argmax(dim=1) == labels  # by Bayes' rule
@@ -80,47 +82,81 @@ def test_the_likelihood_is_that_of_as_many_maps_of_each_split_and_without_a_labe
 
 def setting(num_classes: int) -> tuple[list[nn.Module], DatasetInfo, dict[str, Split]]:
     """A VQ-VAE, a prior and a classifier, all small, and random data."""
-    shape, vqvae = SHAPES[num_classes], helpers.make_vqvae(SHAPES[num_classes])
+    shape, vqvae = SHAPES.get(num_classes, SHAPES[3]), helpers.make_vqvae(SHAPES.get(num_classes, SHAPES[3]))
     models = [vqvae, make_prior(vqvae.map_shape, num_classes=num_classes), make_classifier(shape, num_classes or 2)]
     sizes = {"train": 130, "validation": 105, "test": 110}
     splits = {name: make_split(num, shape, num_classes, num) for name, num in sizes.items()}
     return models, make_info(shape, num_classes), splits
 
 
+class Bar:
+    """A progress bar that counts."""
+
+    bars: ClassVar[list["Bar"]] = []
+
+    def __init__(self, total: int, unit: str, *, doing: str | None = None) -> None:
+        self.total, self.moves, self.n = total, 0, 0
+        self.bars.append(self)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def set_description(self, text: str, refresh: bool) -> None:
+        assert not refresh  # it would be a line of its own where there is no terminal
+
+    def update(self, num: int = 1) -> None:
+        self.n, self.moves = self.n + num, self.moves + (num > 0)
+
+
 @pytest.mark.parametrize(("num_classes", "last", "guidance"), [(3, "test", 2), (0, "test", 2), (26, "validation", 1)])
 def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
-    num_classes: int, last: str, guidance: float
+    num_classes: int, last: str, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (vqvae, prior, model), info, splits = setting(num_classes)
     splits = {name: splits[name] for name in ("train", "validation", last)}
     models, state, seed = nn.ModuleList([vqvae, prior, model]), torch.get_rng_state(), num_classes
     models.train()
-    found = measure.evaluate(*models, info, splits, num_samples=101, guidance=guidance, seed=seed)
+    with monkeypatch.context() as watched:
+        watched.setattr(measure, "progress", Bar)
+        watched.setattr(figures, "progress", Bar)
+        watched.setattr(figures, "AT_ONCE", 40)
+        watched.setattr(metrics, "ROWS_AT_ONCE", 40)
+        Bar.bars.clear()
+        found = measure.evaluate(*models, info, splits, num_samples=101, guidance=guidance, seed=seed)
+    assert [bar.n for bar in Bar.bars] == [bar.total for bar in Bar.bars]
+    assert min(bar.moves for bar in Bar.bars) >= 2  # each long part moves its own
+    assert len(Bar.bars) == (7 if num_classes else 6)
     assert all(module.training for module in models.modules())
     assert torch.equal(torch.get_rng_state(), state)
     models.eval()
-    codes = {name: extract(vqvae, split) for name, split in splits.items()}
-    train, test, maps = splits["train"].first(101), splits[last].first(101), codes[last].indices
-    frequencies = unigram(codes["train"], 16)
+    most, all_codes = len(splits[last].labels), extract(vqvae, splits["train"])
+    of_first = {**splits, "train": splits["train"].first(most)}  # as many as the measured split has
+    chosen = {name: sets.choose(split, 101, seed) for name, split in of_first.items()}
+    codes = {name: extract(vqvae, split) for name, split in chosen.items()}
+    train, test, maps = chosen["train"], chosen[last], codes[last].indices
+    frequencies = unigram(all_codes, 16)
     samplers = sets.make_samplers(vqvae, prior, info, test, train.labels, frequencies, seed=seed, guidance=guidance)
     expected_sets = [sets.real_images(test, info), *(sets.decoded_images(s, vqvae, seed) for s in samplers)]
     assert all(torch.equal(s.images, other.images) for s, other in zip(found.sets, expected_sets, strict=True))
     assert found.labelled_samples is found.sets[2]
     features, _ = classifier.extract_features(model, train.images)
     compared = (test.images, found.sets[1].images)
-    known = (splits["train"].images, codes["train"].indices)
-    copies, pairs = memorisation.measure_memorisation(*compared, found.sets[2], *known, maps[:101])
+    known = (splits["train"].images, all_codes.indices)
+    copies, pairs = memorisation.measure_memorisation(*compared, found.sets[2], *known, maps)
     expected = {
         "origin": {"split": last, "num_samples": 101, "seed": seed, "guidance": guidance},
         "class_names": list(info.class_names),
         "rows": [figures.measure_set(s, model, features, info, seed) for s in expected_sets],
-        "stage_one": evaluate_vqvae(vqvae, splits[last], VQVAETraining()),
-        "likelihood": figures.measure_likelihood(prior, codes),
+        "stage_one": evaluate_vqvae(vqvae, test, VQVAETraining()) | {"num_images": 101},
+        "likelihood": figures.measure_likelihood(prior, codes, all_codes),
         "memorisation": copies,
     }
     expected["stage_one"]["ssim"] = figures.structural_similarity(*compared)
     if num_classes > 0:
-        expected["without_label"] = figures.measure_without_label(prior, Codes(maps[:101], test.labels), info)
+        expected["without_label"] = figures.measure_without_label(prior, codes[last], info)
     assert found.figures == expected
     assert torch.equal(found.closest, pairs)
     assert found.nats.mean().item() == pytest.approx(expected["likelihood"][last]["nats_per_code"], rel=1e-5)
@@ -128,16 +164,40 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
     assert torch.equal(found.code_counts, count_codes(maps, 16))
 
 
+@pytest.mark.parametrize(("equal", "num_classes"), [("images", 3), ("images", 0), ("codes", 1), ("labels", 3)])
+def test_data_that_is_all_the_same_gives_a_whole_report_without_a_warning(
+    equal: str, num_classes: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (vqvae, prior, _), info, splits = setting(num_classes)
+    model = make_classifier(info.image_shape, num_classes or 2)
+    if equal == "images":
+        splits = {name: Split(split.images * 0 + 7, split.labels) for name, split in splits.items()}
+    if equal == "labels":
+        splits = {name: Split(split.images, split.labels * 0) for name, split in splits.items()}
+    if equal == "codes":  # a codebook that has collapsed
+        vqvae.quantizer.codebook[1:] += 100
+    found = measure.evaluate(vqvae, prior, model, info, splits, num_samples=100, seed=0)
+    found.figures["origin"]["classifier"] = "0" * 64
+    report.write_report(found, tmp_path)
+    text = report.tables_as_text(found)
+    assert not re.search(r"\bnan\b|\binf\b|± 0\.0+\b", text)
+    assert (tmp_path / "report.html").exists()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_arguments_out_of_range_and_a_classifier_of_other_images_are_refused() -> None:
     (vqvae, prior, model), info, splits = setting(3)
     common = {"vqvae": vqvae, "prior": prior, "classifier": model, "splits": splits, "num_samples": 100, "seed": 0}
     few = {name: split.first(99) for name, split in splits.items()}
+    broken = make_classifier(SHAPES[3], 3)
+    broken.trunk[0].weight.data.fill_(torch.inf)
     for options, message in (
         ({"num_samples": 99}, "`num_samples` between 100 and 110, .*, found 99; try `num_samples=110`"),
         ({"num_samples": 111}, "`num_samples` between 100 and 110, .*, found 111"),
         ({"splits": few, "num_samples": 99}, "at least 100 images in each split, found 99"),
         ({"guidance": -1}, "`guidance`"),
         ({"classifier": make_classifier(num_classes=3)}, r"a classifier of images .*with `train_classifier\(\)`"),
+        ({"classifier": broken}, "finite features"),
         ({"classifier": make_classifier(SHAPES[3], 9)}, r"3 classes, found one of 9; .*with `train_classifier\(\)`"),
     ):
         with pytest.raises(InputError, match=message):
@@ -157,19 +217,51 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(measure, "accuracy_after_training_on", lambda *given: scored.append(given) or len(scored))
     saved: list[int] = []  # how many classifiers were trained before the other figures were saved
     options = {"seed": 5, "save": lambda evaluation: saved.append(len(scored))}
-    result = measure.evaluate_pair(pair, file, data, accuracy_score=True, **options).figures
+    result = measure.evaluate_pair(pair, file, lambda: data, accuracy_score=True, **options).figures
     prints = {"vqvae": pair.vqvae_header, "prior": pair.prior_header, "classifier": header}
     assert result["origin"] == {stage: part.fingerprint for stage, part in prints.items()}
     assert (result["classification_accuracy_score"], saved) == ({"samples": 1, "real": 2}, [0])
     for source, (split, measured, _, *rest) in zip((make_split(100), data.train), scored, strict=True):
         assert all(map(torch.equal, split, source.first(100)))  # as many of both
         assert (len(measured.labels), *rest) == (120, ClassifierTraining(), 5)
-    measure.evaluate_pair(pair, file, unread, split="validation", num_samples=7, guidance=3, seed=2)
+    measure.evaluate_pair(pair, file, lambda: unread, split="validation", num_samples=107, guidance=3, seed=2)
     assert calls == [
         (["train", "validation", "test"], {"num_samples": 120, "seed": 5, "guidance": GUIDANCE}),
-        (["train", "validation"], {"num_samples": 7, "seed": 2, "guidance": 3}),
+        (["train", "validation"], {"num_samples": 107, "seed": 2, "guidance": 3}),
     ]
     other = replace(unread, info=make_info(num_classes=0))
-    for data, split, message in ((unread, "train", "validation or test"), (other, "test", "like those of made")):
-        with pytest.raises(InputError, match=message):
-            measure.evaluate_pair(pair, file, data, split=split)
+    with pytest.raises(InputError, match="like those of made"):
+        measure.evaluate_pair(pair, file, lambda: other)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"split": "train"}, "validation or test"),
+        ({"guidance": float("nan")}, "`guidance` between"),
+        ({"num_samples": 99}, "`num_samples` of at least 100, found 99"),
+        ({"classifier_file": "missing"}, "missing, found none"),
+        ({"classifier_file": "vqvae.safetensors"}, "of stage 'vqvae'"),
+        ({"classifier_file": "other.safetensors"}, "a classifier of 10 classes, found one of 3"),
+        ({"accuracy_score": True, "pair": 0}, "at least 2 classes"),
+        ({"folder": "file"}, "expected to write .*metrics.json"),
+        ({"folder": "file/below"}, "expected to write .*metrics.json"),
+        ({"folder": "taken"}, "expected to write .*report.html"),
+    ],
+)
+def test_whatever_can_be_refused_is_refused_before_data_is_loaded_or_a_folder_made(
+    mistake: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    pairs = {num: helpers.save_pair(tmp_path, num_classes=num) for num in (0, 10)}
+    helpers.save_model(
+        tmp_path / "other.safetensors", make_classifier(num_classes=3), "classifier", make_info((1, 28, 28), 3)
+    )
+    helpers.save_model(tmp_path / "c.safetensors", make_classifier(), "classifier", make_info())
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "report.html").mkdir(parents=True)
+    given = {"pair": 10, "classifier_file": "c.safetensors", "folder": "new/folder"} | mistake
+    pair, files = pairs[given.pop("pair")], sorted(tmp_path.rglob("*"))
+    paths = {name: tmp_path / given.pop(name) for name in ("classifier_file", "folder")}
+    with pytest.raises(InputError, match=message):
+        report.evaluate_and_report(pair, load_dataset=lambda: pytest.fail("loaded"), **paths, **given)
+    assert sorted(tmp_path.rglob("*")) == files

@@ -29,7 +29,11 @@ def test_distances_p_values_and_the_closest_pairs_are_those_of_all_pairs(monkeyp
     assert found["distance"] == pytest.approx({name: values.mean() for name, values in least.items()}, abs=1e-5)
     for closer, other in (("samples", "real"), ("samples", "reconstructions"), ("reconstructions", "real")):
         p = mannwhitneyu(least[closer], least[other], alternative="less").pvalue
-        assert found[f"p_{closer}_closer_than_{other}".replace("samples_", "")] == pytest.approx(p, rel=0.02, abs=1e-12)
+        name = f"{closer}_closer_than_{other}".replace("samples_", "")
+        assert found[f"p_{name}"] == pytest.approx(p, rel=0.02, abs=1e-12)
+        share = (least[closer][:, None] < least[other][None]).mean()
+        assert found[name][0] == pytest.approx(share, abs=1e-3)
+    assert found["num_images"] == 70
     order = least["samples"].argsort()[:50]  # the closest first
     assert torch.equal(pairs[::2], SAMPLES[order])
     assert torch.equal(pairs[1::2], TRAIN[distances["samples"].argmin(axis=1)[order]])

@@ -2,8 +2,13 @@ import base64
 import html
 import io
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +18,8 @@ from prior.evaluation import report
 from prior.evaluation.measure import Evaluation
 from prior.evaluation.sets import ImageSet
 from prior.evaluation.tables import as_markdown, as_text, describe_origin, notes, tabulate
-from tests.helpers import make_split
+from tests.helpers import ROOT, make_split
 from tests.prior.evaluation.test_tables import AWKWARD, make_figures
-from vqvae.errors import InputError
 from vqvae.pictures import grid_png
 
 TEXTS = ["metrics.json", "table.txt", "table.md"]
@@ -82,6 +86,53 @@ def test_the_numbers_outlive_a_failing_picture(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ZeroDivisionError):
         report.evaluate_and_report(None, None, None, tmp_path)
     assert written[len(PICTURES) + 7 :] == TEXTS  # what was measured is kept where training a classifier fails
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(InputError, match=r"expected to write .*file"):
-        report.evaluate_and_report(None, None, None, tmp_path / "file")  # is told before anything is measured
+
+
+def test_figures_that_are_no_numbers_are_null_in_json(tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    evaluation.figures["stage_one"]["ssim"], evaluation.figures["rows"][0]["agreement_by_class"][0] = math.nan, math.inf
+    report.write_report(evaluation, tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert found["stage_one"]["ssim"] is found["rows"][0]["agreement_by_class"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("older", "stays"),
+    [
+        ({"rows": [{"name": "pixelcnn_guided"}, {"name": "holiday"}, {"name": "../pixelcnn_guided"}]}, False),
+        ({"rows": [{"name": "real"}]}, True),  # then an evaluation has not written it
+        ({"rows": 3}, True),
+        ([], True),
+        (None, True),
+    ],
+)
+def test_a_report_leaves_no_picture_of_an_older_one_beside_it_and_every_other_file(
+    older: Any, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "report"
+    folder.mkdir()
+    others = [tmp_path / "pixelcnn_guided.png", folder / "holiday.png", folder / "pixelcnn_guided.txt"]
+    stale = folder / "pixelcnn_guided.png"
+    for path in (*others, stale):
+        path.touch()
+    if older is not None:
+        (folder / "metrics.json").write_text(json.dumps(older))
+    with monkeypatch.context() as failing:
+        failing.setattr(report, "render_page", lambda *_: 1 / 0)
+        failing.setattr(report, "write_atomically", lambda *_: None)
+        with pytest.raises(ZeroDivisionError):
+            report.write_report(make_evaluation(), folder)
+    assert stale.exists()  # until the new report is there
+    report.write_report(make_evaluation(), folder)
+    assert stale.exists() == stays
+    assert all(path.exists() for path in others)
+
+
+def test_a_matplotlibrc_in_the_current_folder_has_no_effect(tmp_path: Path) -> None:
+    program = "import prior.evaluation.report, matplotlib; assert matplotlib.rcParams['lines.linewidth'] == 1.5"
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 99\nno such setting: 1\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -4,13 +4,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from prior.evaluation.sets import Sampler, decoded_images, make_samplers, real_images, require_same_kind, unit_images
+from prior.evaluation.sets import (
+    Sampler,
+    choose,
+    decoded_images,
+    make_samplers,
+    real_images,
+    require_same_kind,
+    unit_images,
+)
 from prior.independent import draw_independently
 from prior.pair import draw_maps
 from prior.sampling import draw_labels
 from tests.helpers import make_info, make_prior, make_split, make_vqvae, random_maps
 from vqvae.codec import encode_images
 from vqvae.compute import derive_seed
+from vqvae.data.dataset import Split
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 
@@ -44,14 +53,16 @@ def test_every_sampler_draws_in_its_own_way_for_its_own_labels(num_classes: int,
     if num_classes == 0:
         expected[:5] = [("their reconstructions", None, expected[0][2]), ("pixelcnn", None, pixelcnn(None))]
     samplers = make_samplers(vqvae, prior, info, held_out, asked, frequencies, seed=4, guidance=guidance)
+    done: list[int] = []
     for sampler, (title, labels, draw) in zip(samplers, expected, strict=True):
         assert sampler.title == title
-        assert torch.equal(sampler.draw(seeded(1)), draw(seeded(1))), title
+        assert torch.equal(sampler.draw(seeded(1), done.append), draw(seeded(1))), title
         assert sampler.labels is labels is None or torch.equal(sampler.labels, labels)
+    assert done == [6] * sum("pixelcnn" in title for title, _, _ in expected)  # these take long, and tell
 
 
 def test_drawn_maps_are_decoded_to_the_nearest_byte_in_eval_mode_and_every_mode_is_restored() -> None:
-    def draw(generator: torch.Generator) -> Tensor:
+    def draw(generator: torch.Generator, progress: Callable[[int], object]) -> Tensor:
         assert not vqvae.training
         assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=seeded(3, "name")))  # its own
         return maps
@@ -78,3 +89,13 @@ def test_real_images_have_labels_where_there_are_classes_and_others_than_were_le
     for other in (make_info((1, 28, 32)), make_info(num_classes=3)):
         with pytest.raises(InputError, match=r"images and classes like those of made, .*, found those of made"):
             require_same_kind(make_info(), other)
+
+
+def test_the_images_to_measure_are_spread_over_the_whole_split_and_in_order() -> None:
+    split = Split(torch.arange(10000), torch.arange(10000) + 1)
+    rows, labels = choose(split, 1000, seed=3)
+    assert torch.equal(rows, rows.unique())
+    assert torch.equal(labels, rows + 1)
+    assert [int((rows // 1000 == part).sum()) for part in range(10)] == pytest.approx([100] * 10, abs=40)
+    assert not torch.equal(rows, choose(split, 1000, seed=4).images)
+    assert torch.equal(choose(split, 10000, seed=3).images, split.images)
