@@ -1,4 +1,7 @@
-"""Whole sets of images to code maps and back, in batches, with a VQ-VAE in eval mode."""
+"""Whole sets of images to code maps and back, in batches, with a VQ-VAE in eval mode.
+
+No images at all are one empty batch, so that the result has its shape and its type.
+"""
 
 import torch
 from torch import Tensor
@@ -19,16 +22,16 @@ def encode_images(model: VQVAE, images: Tensor) -> Tensor:
         images: uint8, or floating point in the model's range -1..1.
     """
     with eval_mode(model):
-        batches = (images[rows].to(model.device) for rows in in_batches(len(images), BATCH))
+        batches = (images[rows].to(model.device) for rows in in_batches(max(len(images), 1), BATCH))
         indices = [model.encode(to_model_range(x) if x.dtype == torch.uint8 else x) for x in batches]
     return torch.cat(indices)  # outside of inference mode, so that the result can take part in training
 
 
 def decode_images(model: VQVAE, indices: Tensor) -> Tensor:
-    """Images (N, C, S, T) in 0..1, on the CPU, of code maps (N, H, W)."""
+    """Images (N, C, S, T), float32 in 0..1, on the CPU, of code maps (N, H, W)."""
     with eval_mode(model):
-        batches = (indices[rows].to(model.device) for rows in in_batches(len(indices), BATCH))
-        images = [to_unit_range(model.decode_indices(batch)).cpu() for batch in batches]
+        batches = (indices[rows].to(model.device) for rows in in_batches(max(len(indices), 1), BATCH))
+        images = [to_unit_range(model.decode_indices(batch).float()).cpu() for batch in batches]
     return torch.cat(images)
 
 
