@@ -6,10 +6,9 @@ No images at all are one empty batch, so that the result has its shape and its t
 import torch
 from torch import Tensor
 
-from vqvae.compute import eval_mode, in_batches
+from vqvae.compute import eval_mode, in_batches, require_whole
 from vqvae.data.dataset import Split
 from vqvae.data.pixels import to_model_range, to_unit_range
-from vqvae.errors import InputError
 from vqvae.model import VQVAE
 
 BATCH = 500
@@ -51,8 +50,7 @@ def reconstruct_split(model: VQVAE, split: Split, num_images: int) -> dict[str, 
         InputError: there are not so many images.
     """
     most = len(split.labels)
-    if not 1 <= num_images <= most:
-        raise InputError(f"expected `num_images` between 1 and {most}, found {num_images}; try `num_images={most}`")
+    num_images = require_whole("num_images", num_images, 1, most, f"try `num_images={most}`")
     images, labels = split.first(num_images)
     indices, reconstructions = reconstruct_images(model, images)
     originals = to_unit_range(to_model_range(images))

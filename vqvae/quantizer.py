@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.distributed import all_gather, all_reduce_mean, all_reduce_sum, broadcast, rank, world_size
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 
 CodebookLearning = Literal["gradient", "ema"]
 
@@ -67,7 +67,7 @@ class VectorQuantizer(nn.Module):
         if num_codes < 1 or code_dim < 1 or not 0 <= decay <= 1:
             raise InputError(
                 f"expected at least one code of one dimension and a decay in 0..1, found {num_codes} codes of "
-                f"{code_dim} dimensions and a decay of {decay}; choose others"
+                f"{code_dim} dimensions and a decay of {plain(decay)}; choose others"
             )
         self.num_codes, self.code_dim, self.learning, self.decay = num_codes, code_dim, learning, decay
         self.channel_axis = -1 if channel_last else 1
@@ -89,7 +89,8 @@ class VectorQuantizer(nn.Module):
         """Quantise z_e. In training mode an EMA codebook is updated afterwards.
 
         Args:
-            z_e: (B, D, *positions) floating point. Without any vectors, the losses are NaN and nothing is updated.
+            z_e: (B, D, *positions) floating point. Without any vectors the losses are NaN and the codes stay. Where a
+                vector is not finite, the losses are not finite either.
         Raises:
             ValueError: z_e does not have D channels.
         """
@@ -118,8 +119,7 @@ class VectorQuantizer(nn.Module):
             ValueError: z_e does not have D channels.
         """
         vectors = self._to_rows(z_e)
-        with torch.autocast(z_e.device.type, enabled=False):
-            flat = _nearest(vectors, self.codebook.to(vectors.dtype))
+        flat = _nearest(vectors, self.codebook.to(vectors.dtype))
         return flat.view(z_e.movedim(self.channel_axis, -1).shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -209,7 +209,8 @@ def _nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     codes = codes - origin
     squares = codes.pow(2).sum(dim=1)
     blocks = vectors.split(max(MOST_DISTANCES // len(codes), 1))
-    return torch.cat([torch.addmm(squares, block - origin, codes.T, alpha=-2).argmin(dim=1) for block in blocks])
+    with torch.autocast(vectors.device.type, enabled=False):
+        return torch.cat([torch.addmm(squares, block - origin, codes.T, alpha=-2).argmin(dim=1) for block in blocks])
 
 
 def _apart(codes: Tensor) -> Tensor:
