@@ -16,7 +16,7 @@ class MissingFileError(InputError, FileNotFoundError):
 
 def plain(number: object) -> str:
     """A number in a message, with every digit that it has: 1.0000001, which `:g` would round to 1."""
-    return f"{number}".removesuffix(".0")
+    return str(number).removesuffix(".0")
 
 
 class Interrupted(Exception):

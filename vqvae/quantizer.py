@@ -250,8 +250,8 @@ def _draw_rows(vectors: Tensor, num: int) -> Tensor:
     order = torch.randperm(sum(sizes), device=vectors.device)
     drawn = broadcast(order.repeat(-(-num // len(order)))[:num]) - first
     own = (drawn >= 0) & (drawn < len(vectors))
-    some = vectors if len(vectors) > 0 else vectors.new_zeros(1, vectors.shape[1])  # another process has them all
-    rows = all_reduce_sum(torch.where(own[:, None], some[drawn.clamp(0, len(some) - 1)], 0))
+    padded = F.pad(vectors, (0, 0, 0, 1))  # a process may have no vector at all
+    rows = all_reduce_sum(torch.where(own[:, None], padded[drawn.clamp(0, len(vectors))], 0))
     mean = all_reduce_mean(vectors.mean(), len(vectors))
     spread = all_reduce_mean((vectors - mean).square().mean(), len(vectors)).sqrt()
     spread = torch.maximum(spread, mean.abs().clamp(min=1) / 100)  # less would be lost in rounding
