@@ -233,7 +233,8 @@ def test_whatever_is_in_range_trains_both_stages_or_ends_in_one_sentence(constan
     if constant is not None:  # all images are one grey
         train, validation = (replace_images(split, constant) for split in (dataset.train, dataset.validation))
         dataset = replace(dataset, train=train, validation=validation)
-    with tempfile.TemporaryDirectory() as name, suppress(InputError):
+    no_pictures = patch.object(VQVAETask, "show"), patch.object(PriorTask, "show")
+    with tempfile.TemporaryDirectory() as name, suppress(InputError), no_pictures[0], no_pictures[1]:
         folder = Path(name)
         task: Any = VQVAETask(*resolve((VQVAEConfig, VQVAETraining), chosen, {}), dataset, folder / "vqvae", CPU, 0)
         fit(task, task.training, Run(folder / "1", 0, task.settings))
