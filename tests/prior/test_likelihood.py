@@ -35,6 +35,13 @@ def nats_by_hand(network: GatedPixelCNN, maps: Tensor, labels: Sequence[int] | T
     return nats
 
 
+@pytest.mark.parametrize(("num_codes", "at_once"), [(5, 250), (512, 250), (32767, 10), (10**7, 1)])
+def test_fewer_maps_are_scored_at_once_where_there_are_many_codes(num_codes: int, at_once: int) -> None:
+    with torch.device("meta"):
+        network = make_prior((7, 7), num_codes)
+    assert likelihood.maps_at_once(network) == at_once
+
+
 def test_under_autocast_the_logits_are_rounded_to_bfloat16_and_the_loss_is_float32() -> None:
     network = make_prior((7, 7), num_codes=32)
     maps, labels = random_maps(10, network), torch.arange(10)

@@ -1,3 +1,5 @@
+import math
+import os
 import random
 import re
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.helpers import SHIPPED, make_info, make_prior, make_split, save_pair
 from vqvae.compute import derive_seed
 from vqvae.data.pixels import to_unit_range
 from vqvae.errors import InputError
+from vqvae.gaussian import draw_gaussian
 
 IMAGE_SHAPE, MAP_SHAPE = (3, 16, 12), (4, 3)
 
@@ -73,7 +76,10 @@ def test_drawing_is_free_of_dropout_and_restores_the_mode_of_every_module_after_
         ({"labels": torch.tensor([0, 10])}, "expected labels in 0..9, found 10; choose others by `labels`"),
         ({"labels": torch.tensor([-1, 0])}, "expected labels in 0..9, found -1; choose others by `labels`"),
         ({"labels": torch.tensor([0])}, "expected 2 labels, one for each image, found 1; give as many `labels`"),
-        ({"known_codes": torch.full((2, 4, 3), 16)}, "expected known codes below 16, found 16; encode"),
+        ({"known_codes": torch.full((2, 4, 3), 16)}, "expected known codes in -1..15, found 16 to 16; encode"),
+        ({"known_codes": torch.full((2, 4, 3), -2)}, "expected known codes in -1..15, found -2 to -2; encode"),
+        ({"known_codes": np.zeros((2, 4, 3))}, "int64 of shape (2, 4, 3), found ndarray; encode"),
+        ({"batch_size": 0}, "expected `batch_size` of at least 1, found 0"),
         ({"known_codes": torch.full((2, 3, 4), 0)}, "int64 of shape (2, 4, 3), found torch.int64 of shape (2, 3, 4)"),
         ({"known_codes": torch.full((2, 4, 3), 2.7)}, "found torch.float32 of shape (2, 4, 3)"),
     ],
@@ -81,6 +87,73 @@ def test_drawing_is_free_of_dropout_and_restores_the_mode_of_every_module_after_
 def test_labels_codes_and_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         draw_maps(make_prior(MAP_SHAPE), **{"num_samples": 2, "generator": seeded(0), **options})
+
+
+@pytest.mark.parametrize("labels", [[1, 2], np.array([1, 2], np.uint8), torch.tensor([1, 2]), iter([1, 2])], ids=type)
+def test_labels_may_be_whole_numbers_of_any_kind(pair: Pair, labels: Any) -> None:
+    drawn = pair.draw(labels=labels).labels
+    assert (drawn.tolist(), drawn.dtype) == ([1, 2], torch.int64)
+
+
+NO_NUMBERS = [True, "1", 1.0, None, math.nan, 2**63, 10**30, torch.ones(1)]
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, -1], ids=str)
+def test_what_is_no_whole_number_is_refused_by_its_argument(pair: Pair, value: Any) -> None:
+    x, vqvae = images(1), pair.vqvae
+    calls = {
+        "labels": [lambda: pair.draw(labels=[value]), lambda: pair.log_likelihood(x, [value])],
+        "seed": [lambda: pair.draw(seed=value), lambda: pair.complete(x, 1, seed=value)],
+        "num_rows": [lambda: pair.complete(x, value)],
+        "num_samples": [
+            lambda: draw_maps(pair.prior, value, seeded(0)),
+            lambda: draw_gaussian(vqvae, "latent", value, 0),
+        ],
+    }
+    calls["seed"].append(lambda: draw_gaussian(vqvae, "image", 1, value))
+    for name, several in calls.items():
+        for call in several:
+            with pytest.raises(InputError, match=f"expected `?{name}`? (to be|of at least|between|in) "):
+                call()
+
+
+def test_labels_that_are_no_list_are_refused(pair: Pair) -> None:
+    for labels in (3, torch.tensor(3)):
+        with pytest.raises(InputError, match=r"expected a list of `labels`, found .*3.*; try `labels=\[0, 1\]`"):
+            pair.draw(labels=labels)
+
+
+@pytest.mark.parametrize("num", [10**9, 10**12, 2**63 - 1])
+def test_more_samples_than_fit_into_memory_are_refused_by_arithmetic(
+    pair: Pair, num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**17)  # 16 GiB
+    calls = [lambda: pair.draw(num), lambda: pair.draw(num, labels=[0]), lambda: draw_maps(pair.prior, num, seeded(0))]
+    calls += [lambda source=source: draw_gaussian(pair.vqvae, source, num, 0) for source in ("latent", "image")]
+    for call in calls:
+        with pytest.raises(
+            InputError, match=rf"`num_samples` for which 16 GiB .* found {num}, which needs \d+; choose"
+        ):
+            call()
+
+
+def test_memory_that_runs_out_while_drawing_is_one_sentence(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prior.pair, "sample_codes", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(InputError, match="expected enough memory for this `num_samples`"):
+        pair.draw(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_pair_of_another_type_draws_and_scores(pair: Pair, dtype: torch.dtype) -> None:
+    x, single = images(40), pair.log_likelihood(images(40), [1] * 40)
+    known, completed = pair.encode(x), pair.complete(x, 2)
+    pair.vqvae.to(dtype), pair.prior.to(dtype)
+    drawn = pair.draw(3, labels=[1], guidance=2.0)
+    assert (drawn.images.dtype, drawn.images.isfinite().all()) == (torch.float32, True)
+    assert pair.complete(x, 2).shape == completed.shape
+    tolerance = 0.15 if dtype == torch.bfloat16 else 0.02
+    assert (pair.encode(x) != known).float().mean() <= (0 if dtype == torch.float64 else tolerance)
+    torch.testing.assert_close(-nats_per_map(pair.prior, known, torch.ones(40).long()), single, rtol=tolerance, atol=0)
 
 
 def test_without_labels_the_label_is_drawn_first_by_its_frequency_in_training(pair: Pair) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ from prior.sampling import (
     GUIDANCE,
     LogitsAt,
     adjust,
+    check_options,
     draw_labels,
     guided,
     invert_cumulative,
@@ -192,21 +194,30 @@ LIKELIEST = "use `top_k=1` for the most likely codes"
     ("options", "message"),
     [
         ({"temperature": 0.0}, f"expected `temperature` over 0, found 0; {LIKELIEST}"),
-        ({"temperature": math.nan}, f"expected `temperature` over 0, found nan; {LIKELIEST}"),
-        ({"temperature": math.inf}, f"expected `temperature` over 0, found inf; {LIKELIEST}"),
+        ({"temperature": 10**400}, f"expected `temperature` to be a finite number, found {10**79}; leave it out"),
         ({"top_k": 0}, f"expected `top_k` of at least 1, found 0; {LIKELIEST}"),
-        ({"top_p": 0.0}, "expected `top_p` over 0 and at most 1, found 0.0; use `top_p=1` for all codes"),
+        ({"top_k": 2.5}, f"expected `top_k` to be a whole number, found 2.5; {LIKELIEST}"),
+        ({"top_p": 0.0}, "expected `top_p` over 0 and at most 1, found 0; use `top_p=1` for all codes"),
+        ({"top_p": 1.0000001}, "expected `top_p` over 0 and at most 1, found 1.0000001; use `top_p=1` for all codes"),
         ({"top_p": 1.01}, "expected `top_p` over 0 and at most 1, found 1.01; use `top_p=1` for all codes"),
-        ({"top_p": math.nan}, "expected `top_p` over 0 and at most 1, found nan; use `top_p=1` for all codes"),
         ({"guidance": -0.5}, "expected `guidance` between 0 and 100, found -0.5; use `guidance=1` for none"),
         ({"guidance": 100.5}, "expected `guidance` between 0 and 100, found 100.5; use `guidance=1` for none"),
-        ({"guidance": math.nan}, "expected `guidance` between 0 and 100, found nan; use `guidance=1` for none"),
+        (
+            {"guidance": 100 + 1e-9},
+            f"expected `guidance` between 0 and 100, found {100 + 1e-9}; use `guidance=1` for none",
+        ),
+        *(
+            ({name: value}, f"expected `{name}` to be a finite number, found {value!r}; leave it out")
+            for name in ("temperature", "top_p", "guidance")
+            for value in (math.nan, math.inf, -math.inf, "1", True)
+        ),
     ],
     ids=str,
 )
 def test_an_option_out_of_its_range_is_an_error_that_names_it(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        sample(2, (2, 2), **options)
+    for draw in (partial(sample, 2, (2, 2)), check_options):  # the second needs no model
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            draw(**options)
 
 
 def test_labels_are_drawn_by_their_frequencies() -> None:

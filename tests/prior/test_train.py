@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import prior.train
+from prior import likelihood
 from prior.codes import Codes, extract
 from prior.independent import baselines
 from prior.likelihood import nats_per_code
@@ -71,7 +72,7 @@ def test_evaluation_weighs_every_map_the_same_whatever_the_batch(monkeypatch: py
     assert nats_per_code(network, codes.indices, None).item() != pytest.approx(nats, abs=1e-4)
     network.train()
     for batch in (1, 4, 22, 1000):
-        monkeypatch.setattr(prior.train, "BATCH", batch)
+        monkeypatch.setattr(likelihood, "BATCH", batch)
         expected = {"nats_per_code": nats, "bits_per_image": nats * 6 / math.log(2)}
         assert evaluate_prior(network, codes) == pytest.approx(expected, abs=1e-5)
     assert network.training

@@ -37,6 +37,12 @@ def test_images_become_codes_and_come_back(model: VQVAE, monkeypatch: pytest.Mon
     assert [indices.is_inference(), x_hat.is_inference()] == [False, False]  # they can take part in training
 
 
+def test_no_images_are_no_codes_and_no_images(model: VQVAE) -> None:
+    indices, x_hat = reconstruct_images(model, SPLIT.images[:0])
+    assert (indices.shape, indices.dtype) == ((0, *model.map_shape), torch.int64)
+    assert (x_hat.shape, x_hat.dtype) == ((0, *model.image_shape), torch.float32)
+
+
 def test_as_many_images_of_a_split_are_reconstructed_as_it_has(model: VQVAE) -> None:
     indices, reconstructions = reconstruct_images(model, SPLIT.images[:4])
     first = {"images": SPLIT.images[:4] / 255, "labels": SPLIT.labels[:4]}

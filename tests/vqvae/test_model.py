@@ -42,6 +42,30 @@ def test_the_shapes_follow_from_the_images(image_shape: tuple[int, int, int]) ->
     assert out.z_e.shape == out.z_q.shape == (16, 4, *model.map_shape)
 
 
+@both_ways
+@pytest.mark.parametrize(("dtype", "others"), [(torch.float64, 0.0), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_the_model_works_in_every_type_and_float64_gives_the_codes_of_float32(
+    learning: str, dtype: torch.dtype, others: float
+) -> None:
+    model, x = make_varied(learning)
+    expected = model.encode(x)
+    model.to(dtype)
+    for mode, images in ((False, x.to(dtype)), (False, x), (True, x.to(dtype))):  # the images follow the model
+        out = model.train(mode)(images)
+        assert {part.dtype for part in (out.x_hat, out.z_e, out.z_q, *out[4:])} == {dtype}
+        assert (out.indices != expected).float().mean() <= others
+        if not mode:
+            assert torch.equal(model.decode_indices(model.encode(images)), out.x_hat)
+    sum(out[4:], out.x_hat.square().mean()).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(part.isfinite().all() for part in (*model.state_dict().values(), *gradients) if part is not None)
+
+
+def test_bytes_are_not_taken_for_images_in_the_models_range() -> None:
+    with pytest.raises(ValueError, match=r"expected images of floating-point values in -1\.\.1, found torch\.uint8"):
+        make_vqvae()(make_split(2).images)
+
+
 def test_a_side_that_4_does_not_divide_and_images_of_another_shape_are_refused() -> None:
     for height, width in ((30, 28), (28, 27), (0, 32)):
         with pytest.raises(InputError, match=f"height and width divide by 4, found {height}x{width}; resize"):

@@ -51,7 +51,7 @@ def test_z_q_is_the_code_that_is_nearest_in_float64(learning: str, k: int, d: in
     assert clear.mean() > 0.95
     np.testing.assert_array_equal(out.indices.flatten().numpy()[clear], expected[clear])
     np.testing.assert_array_equal(to_rows(layer.lookup(out.indices)), codes[out.indices.flatten()])
-    assert_close(out.z_q, layer.lookup(out.indices), rtol=0, atol=1e-6)
+    assert torch.equal(out.z_q, layer.lookup(out.indices))  # to the last bit, though z_e took part
     assert layer.nearest(z_e[1:2, :, 4:5, 3:4]).item() == out.indices[1, 4, 3]  # alone
 
 
@@ -62,11 +62,84 @@ def test_a_vector_between_codes_takes_the_lowest_index() -> None:
     assert layer.nearest(z_e).flatten().tolist() == [1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 7, 7), (8, 4)])
-def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    for method in (make_layer("gradient").forward, make_layer("gradient").nearest):
-        with pytest.raises(ValueError, match=re.escape(f"expected z_e of shape (B, 4, H, W), found {shape}")):
+@both_ways
+@pytest.mark.parametrize("positions", [(), (9,), (7, 5), (2, 3, 4), (0,)])
+def test_any_number_of_positions_is_quantised_vector_by_vector_with_channels_where_they_are_said_to_be(
+    learning: str, positions: tuple[int, ...]
+) -> None:
+    first, last, z_e = make_layer(learning), make_layer(learning), random_latents(4, 4, *positions)  # N may equal D
+    last.channel_axis = VectorQuantizer(16, 4, channel_last=True).channel_axis
+    _, codes, expected, _ = by_hand(first, z_e)
+    torch.manual_seed(0)  # for restarts
+    out = first(z_e)
+    torch.manual_seed(0)
+    moved = last(z_e.movedim(1, -1))
+    assert out.indices.shape == (4, *positions)
+    np.testing.assert_array_equal(out.indices.flatten().numpy(), expected)
+    np.testing.assert_array_equal(to_rows(out.z_q), codes[expected])
+    assert torch.equal(moved.indices, out.indices)
+    assert torch.equal(moved.z_q, out.z_q.movedim(1, -1))
+    assert_close(first.state_dict(), last.state_dict(), rtol=0, atol=0)  # after an update
+
+
+@pytest.mark.parametrize(
+    ("channel_last", "expected", "shape"),
+    [
+        (False, "(B, 4, ...)", (2, 5, 7, 7)),
+        (False, "(B, 4, ...)", (8, 9, 4)),
+        (False, "(B, 4, ...)", (4,)),
+        (True, "(B, ..., 4)", (8, 4, 9)),
+    ],
+)
+def test_latents_of_another_shape_are_refused(channel_last: bool, expected: str, shape: tuple[int, ...]) -> None:
+    layer = VectorQuantizer(8, 4, channel_last=channel_last)
+    for method in (layer.forward, layer.nearest):
+        with pytest.raises(ValueError, match=re.escape(f"expected z_e of shape {expected}, found {shape}")):
             method(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, -1e2, 1e3, 1e4])
+@pytest.mark.parametrize(("k", "d"), [(512, 16), (64, 2), (33, 1)])
+def test_far_from_the_origin_the_codes_are_those_of_float64(offset: float, k: int, d: int) -> None:
+    layer, z_e = make_layer("gradient", random_latents(k, d, seed=1) + offset), random_latents(4, d, 9, 9) + offset
+    _, _, expected, gap = by_hand(layer, z_e)
+    wrong = layer.nearest(z_e).flatten().numpy() != expected
+    assert gap[wrong].max(initial=0) < 1e-5  # a tie, but for rounding
+
+
+def test_no_more_distances_are_in_memory_than_a_few_megabytes_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, z_e, sizes, addmm = make_layer("gradient"), random_latents(10, 4, 9, 9), [], torch.addmm
+    expected = layer.nearest(z_e)
+    monkeypatch.setattr(torch, "addmm", lambda *a, **b: sizes.append((out := addmm(*a, **b)).numel()) or out)
+    for most in (1, 100, 1000):
+        monkeypatch.setattr(quantizer, "MOST_DISTANCES", most)
+        sizes.clear()
+        assert torch.equal(layer.nearest(z_e), expected)
+        assert max(sizes) <= max(most, 16)  # one vector at a time at least
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_layer_starts_and_trains_in_every_type(learning: str, dtype: torch.dtype) -> None:
+    layer, z_e = VectorQuantizer(16, 4, learning, 0.9).to(dtype), random_latents(8, 4, 5, 5).to(dtype).requires_grad_()
+    for _ in range(3):
+        out = layer(z_e)
+        sum(out[2:], out.z_q.mean()).backward()
+    assert {part.dtype for part in (out.z_q, *out[2:], z_e.grad)} == {dtype}
+    assert all(tensor.isfinite().all() for tensor in (out.z_q, *out[2:], z_e.grad, *layer.state_dict().values()))
+    _, _, expected, gap = by_hand(layer, z_e)
+    assert gap[layer.nearest(z_e).flatten().numpy() != expected].max(initial=0) < 1e-5
+
+
+def test_nothing_to_quantise_changes_no_code_and_does_not_start_the_codebook() -> None:
+    layer, nothing = VectorQuantizer(16, 4, "ema"), torch.zeros(0, 4, 7, 7)
+    assert [part.shape for part in layer(nothing)[:2]] == [(0, 4, 7, 7), (0, 7, 7)]
+    assert not layer.initialised
+    layer(random_latents(2, 4, 7, 7))
+    before = layer.codebook.clone()
+    layer(nothing)
+    assert layer.initialised
+    assert torch.equal(layer.codebook, before)
 
 
 @pytest.mark.parametrize("settings", [(8, 4, "EMA"), (0, 4), (8, 0), (8, 4, "ema", 1.1)])
@@ -159,6 +232,21 @@ def test_few_vectors_give_different_codes_none_longer_than_a_vector(num_vectors:
         assert all(torch.isfinite(tensor).all() for tensor in (layer.codebook, layer.counts, layer.sums))
         assert len(layer.codebook.unique(dim=0)) == 32
         assert layer.codebook.norm(dim=1).max() < 1.01 * longest
+
+
+@pytest.mark.parametrize(
+    ("num_vectors", "k", "d", "offset"),
+    [(1, 4096, 1, 0.0), (1, 32767, 2, 0.0), (8, 4096, 16, 0.0), (8, 512, 16, 1e4), (1, 32, 4, 1e4), (0, 9, 2, 0.0)],
+)
+def test_a_start_from_far_fewer_vectors_than_codes_leaves_no_equal_rows(
+    num_vectors: int, k: int, d: int, offset: float
+) -> None:
+    z_e = random_latents(num_vectors, d) + offset
+    for batch in (z_e, z_e[:1].expand_as(z_e)):  # different vectors and equal ones
+        torch.manual_seed(0)
+        layer = VectorQuantizer(k, d, "ema", decay=1.0)  # so that the first step changes nothing
+        layer(batch)
+        assert len(layer.codebook.unique(dim=0)) == k
 
 
 def test_no_more_dead_codes_restart_in_a_step_than_there_are_vectors() -> None:

@@ -1,4 +1,6 @@
 import shutil
+import tempfile
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +10,16 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.testing import assert_close
 
 import vqvae
+from prior.codes import extract
+from prior.model import PriorConfig
+from prior.train import PriorTask, PriorTraining
 from tests.helpers import CPU, FIXTURE, SHIPPED, both_ways, make_dataset, mnist
 from tests.ranks import rows
 from vqvae import quantizer, train
@@ -21,6 +28,7 @@ from vqvae.errors import InputError
 from vqvae.model import VQVAE, VQVAEConfig, VQVAEOutput, load_vqvae
 from vqvae.predictor import CausalPredictor
 from vqvae.storage import checkpoint
+from vqvae.storage.recipe import resolve
 from vqvae.train import VQVAETask, VQVAETraining, evaluate_vqvae, loss_terms, summarise, train_vqvae
 from vqvae.training import loop
 from vqvae.training.loop import Run, fit
@@ -188,6 +196,97 @@ def test_any_images_and_classes_can_be_trained_on(tmp_path: Path, image_shape: A
     assert (model.image_shape, len(header.data["class_names"])) == (image_shape, num_classes)
     expected = evaluate_vqvae(model, dataset.validation, training)["squared_error"]
     assert header.metrics["squared_error"] == pytest.approx(expected)
+
+
+SPREAD = {  # the ends of each setting's range as far as they are quick, and values between
+    "code_dim": [1, 3, 64],
+    "num_codes": [2, 3, 500],
+    "width": [4, 5, 7],
+    "num_encoder_blocks": [0, 1],
+    "num_decoder_blocks": [0, 2],
+    "codebook_learning": ["gradient", "ema"],
+    "ema_decay": [0.0, 0.5, 0.99999],
+    "batch_size": [3, 7, 65536],
+    "num_epochs": [1],
+    "lr": [1e-8, 1e-3, 1.0],
+    "schedule": ["constant", "one-cycle"],
+    "warmup": [0.0, 0.05, 0.9],
+    "weight_decay": [0.0, 1.0],
+    "mixed_precision": [False, True],
+    "beta": [0.1, 2.0],
+    "clipped_loss": [False, True],
+    "prediction_weight": [0.0, 10.0],
+}
+OF_PRIOR = {"width": [1, 2, 5], "num_layers": [None, 1, 6], "dropout": [0.0, 0.9], "label_dropout": [0.0, 0.5, 1.0]}
+
+
+@pytest.mark.parametrize("constant", [None, 0, 128, 255])
+@settings(max_examples=3, deadline=None, database=None, derandomize=True)
+@given(st.data())
+def test_whatever_is_in_range_trains_both_stages_or_ends_in_one_sentence(constant: int | None, data: Any) -> None:
+    chosen, of_prior = (
+        {name: data.draw(st.sampled_from(values), name) for name, values in table.items()}
+        for table in (SPREAD, OF_PRIOR)
+    )
+    shared = {name: chosen[name] for name in chosen if name in loop.Training.__dataclass_fields__}
+    dataset = make_dataset(10)
+    if constant is not None:  # all images are one grey
+        train, validation = (replace_images(split, constant) for split in (dataset.train, dataset.validation))
+        dataset = replace(dataset, train=train, validation=validation)
+    no_pictures = patch.object(VQVAETask, "show"), patch.object(PriorTask, "show")
+    with tempfile.TemporaryDirectory() as name, suppress(InputError), no_pictures[0], no_pictures[1]:
+        folder = Path(name)
+        task: Any = VQVAETask(*resolve((VQVAEConfig, VQVAETraining), chosen, {}), dataset, folder / "vqvae", CPU, 0)
+        fit(task, task.training, Run(folder / "1", 0, task.settings))
+        model, header = load_vqvae(folder / "vqvae", CPU)
+        codes = [extract(model, split) for split in (dataset.train, dataset.validation)]
+        config, training = resolve((PriorConfig, PriorTraining), {**shared, **of_prior}, {})
+        task = PriorTask(config, training, dataset, *codes, model, header, folder / "prior", 0)
+        fit(task, training, Run(folder / "2", 0, task.settings))
+
+
+def replace_images(split: Split, value: int) -> Split:
+    return Split(torch.full_like(split.images, value), split.labels)
+
+
+@pytest.mark.parametrize(
+    ("learning", "num_codes", "perplexity", "advice"),
+    [
+        ("gradient", 32, 1.0, 'Try codebook_learning = "ema" in the recipe, more epochs, or fewer codes.'),
+        ("ema", 32, 1.0, "Try a smaller lr, more epochs, or fewer codes."),
+        ("ema", 8, 1.4, "Try a smaller lr"),
+        ("gradient", 512, 14.0, "7 of 512 codes, as unevenly as 14.0 codes used evenly."),
+        ("gradient", 512, 30.0, None),
+        ("ema", 8, 1.6, None),
+        ("ema", 2, 1.9, None),
+    ],
+)
+def test_codes_that_are_hardly_used_are_remarked_on_with_what_to_change(
+    learning: str, num_codes: int, perplexity: float, advice: str | None
+) -> None:
+    config = replace(CONFIG, codebook_learning=learning, num_codes=num_codes)
+    found = train.advice_on_codebook({"perplexity": perplexity, "codes_used": 7.0}, config)
+    assert (found is None) == (advice is None)
+    assert advice is None or advice in str(found)
+
+
+def test_a_run_whose_codebook_collapsed_ends_with_the_remark(tmp_path: Path, capsys: Any) -> None:
+    options: Any = {"data_folder": FIXTURE, "device": "cpu", "download": False}
+    training = VQVAETraining(batch_size=32, num_epochs=1, lr=2e-4)
+    figures = train_vqvae(replace(CONFIG, codebook_learning="gradient"), training, output_folder=tmp_path, **options)
+    assert figures["perplexity"] < 1.5
+    assert "the codebook is hardly used: " in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_or_evaluated_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    options: Any = {"data_folder": FIXTURE, "device": "cpu", "download": False, "output_folder": tmp_path / "new"}
+    with pytest.raises(InputError, match="expected `seed` of at least 0, found -1"):
+        train_vqvae(CONFIG, SETTINGS, seed=-1, **options)
+    with patch("os.sysconf", lambda name: 2**10), pytest.raises(InputError, match="expected `width` for which 0 GiB"):
+        train_vqvae(replace(CONFIG, width=2048), SETTINGS, **options)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="expected at least one image to evaluate, found none"):
+        evaluate_vqvae(make_model(), DIGITS.first(0), SETTINGS)
 
 
 def test_tensorboard_has_scalars_pictures_and_the_graph(finished: Finished) -> None:

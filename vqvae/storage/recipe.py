@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 from vqvae.storage.files import open_checked, read_at_most
 
 STAGES = ("vqvae", "prior")
@@ -119,7 +119,9 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         InputError: it does not; the message names the setting.
     """
     if not low <= value <= high:  # so that NaN is refused too
-        raise InputError(f"expected `{name}` between {low:g} and {high:g}, found {value:g}; set it within that range")
+        raise InputError(
+            f"expected `{name}` between {low:g} and {high:g}, found {plain(value)}; set it within that range"
+        )
 
 
 def _field_types(cls: type) -> dict[str, Any]:

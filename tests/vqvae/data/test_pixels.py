@@ -38,7 +38,7 @@ def test_a_callers_images_of_any_floating_type_and_number_are_taken(dtype: torch
         (torch.zeros(5, 3, 2, 4, dtype=torch.uint8), "of floating-point values in 0..1, found torch.uint8; divide"),
         (torch.full((5, 3, 2, 4), torch.nan), "values in 0..1, found values that are NaN"),
         (torch.full((5, 3, 2, 4), -0.01), "values in 0..1, found values from -0.01 to -0.01"),
-        (torch.full((5, 3, 2, 4), 1.01), "values in 0..1, found values from 1.01 to 1.01"),
+        (torch.full((5, 3, 2, 4), 1.0000001), "values in 0..1, found values from 1.0000001 to 1.0000001"),
     ],
     ids=range(8),
 )

@@ -37,10 +37,11 @@ def test_overrides_replace_the_recipe_and_the_recipe_the_defaults() -> None:
         ({"lr": True}, "expected `lr` to be of type float, found True"),
         ({"schedule": "one-cycel"}, "expected `schedule` to be one of 'constant', 'one-cycle', found 'one-cycel'"),
         ({"warmup": 1}, "expected `warmup` between 0 and 0.9, found 1; set it within that range"),
+        ({"dropout": 0.9000001}, "expected `dropout` between 0 and 0.9, found 0.9000001; set it within that range"),
         ({"lr": -(2**63) - 1}, "expected `lr` to be a number of at most 64 bits, found a longer one"),
         ({"schedule": 10**5000}, "expected `schedule` to be one of 'constant', 'one-cycle', found a value too long to"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_a_wrong_value_is_refused_in_a_short_sentence(values: dict[str, Any], message: str) -> None:
     for recipe, overrides in ((values, {}), ({}, values)):
