@@ -238,7 +238,7 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
     ("mistake", "message"),
     [
         ({"split": "train"}, "validation or test"),
-        ({"guidance": float("nan")}, "`guidance` between"),
+        ({"guidance": float("nan")}, "`guidance` to be a finite number"),
         ({"num_samples": 99}, "`num_samples` of at least 100, found 99"),
         ({"classifier_file": "missing"}, "missing, found none"),
         ({"classifier_file": "vqvae.safetensors"}, "of stage 'vqvae'"),
