@@ -83,22 +83,28 @@ def sample_codes(
     return all_reduce_sum(maps).cpu()  # a map that another process drew is zero here
 
 
-def check_options(guidance: float, temperature: float, top_k: int | None, top_p: float) -> None:
-    """
+def check_options(
+    guidance: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> None:
+    """Check the options of a draw, without a model. None stands for an option that is not given.
+
     Raises:
         InputError: an option out of its range.
     """
-    if not 0 <= guidance <= MAX_GUIDANCE:
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
         raise InputError(
             f"expected `guidance` between 0 and {MAX_GUIDANCE}, found {guidance:g}; use `guidance=1` for none"
         )
-    if not 0 < temperature < math.inf:
+    if temperature is not None and not 0 < temperature < math.inf:
         raise InputError(
             f"expected `temperature` over 0, found {temperature:g}; use `top_k=1` for the most likely codes"
         )
     if top_k is not None and top_k < 1:
         raise InputError(f"expected `top_k` of at least 1, found {top_k}; use `top_k=1` for the most likely codes")
-    if not 0 < top_p <= 1:
+    if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"expected `top_p` over 0 and at most 1, found {top_p}; use `top_p=1` for all codes")
 
 

@@ -8,20 +8,22 @@ from torch import Tensor
 
 from vqvae.errors import InputError
 from vqvae.pictures import save_grid
-from vqvae.storage.files import write_arrays
+from vqvae.storage.files import require_writable_file, write_arrays
 
 
 def check_output(output: Path) -> Path:
     """The same path.
 
     Raises:
-        InputError: its name ends neither in .png nor in .npz.
+        InputError: its name ends neither in .png nor in .npz, or it cannot be written.
     """
     if output.suffix not in (".png", ".npz"):
+        other = output.parent / f"{output.stem or 'images'}.png"
         raise InputError(
             f"expected `output` to end in .png (a picture) or .npz (arrays), found {output}; "
-            f"try `output={output.stem}.png`"
+            f"try `output={str(other)!r}`"
         )
+    require_writable_file(output)
     return output
 
 
@@ -43,9 +45,14 @@ def save_reconstructions(output: Path, arrays: Mapping[str, Tensor]) -> list[Pat
     Returns:
         the files that were written.
     """
-    written = []
-    if output.suffix == ".png":
-        written.append(output.with_name(f"{output.stem}-original.png"))
-        save_images(written[0], arrays)
+    *originals, _ = files = reconstruction_files(output)
+    for path in originals:
+        save_images(path, arrays)
     save_images(output, arrays, shown="reconstructions")
-    return [*written, output]
+    return files
+
+
+def reconstruction_files(output: Path) -> list[Path]:
+    """What `save_reconstructions` writes."""
+    originals = [output.with_name(f"{output.stem}-original.png")] if output.suffix == ".png" else []
+    return [*originals, output]
