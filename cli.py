@@ -231,11 +231,10 @@ def reconstruct(
     from vqvae import load
     from vqvae.codec import reconstruct_split
     from vqvae.data.mnist import load_mnist
-    from vqvae.output import check_output, reconstruction_files, save_reconstructions
+    from vqvae.output import check_output, save_reconstructions
     from vqvae.storage.runs import describe, find_vqvae
 
-    for written in reconstruction_files(output):
-        check_output(written)
+    check_output(output, with_original=True)
     file = find_vqvae(vqvae)
     model = load(file, device)
     say(f"weights: {describe(file)}")

@@ -11,19 +11,23 @@ from vqvae.pictures import save_grid
 from vqvae.storage.files import require_writable_file, write_arrays
 
 
-def check_output(output: Path) -> Path:
-    """The same path.
+def check_output(output: Path, *, with_original: bool = False) -> Path:
+    """The same path. Nothing is made there.
 
+    Args:
+        with_original: `save_reconstructions` will write it, so a picture gets another beside it.
     Raises:
         InputError: its name ends neither in .png nor in .npz, or it cannot be written.
     """
     if output.suffix not in (".png", ".npz"):
-        other = output.parent / f"{output.stem or 'images'}.png"
+        named = output / "images" if output.name in ("", "..") else output
         raise InputError(
             f"expected `output` to end in .png (a picture) or .npz (arrays), found {output}; "
-            f"try `output={str(other)!r}`"
+            f"try `output={named.with_name(f'{named.stem}.png')}`"
         )
     require_writable_file(output)
+    if with_original and output.suffix == ".png":
+        require_writable_file(_original(output))
     return output
 
 
@@ -45,14 +49,13 @@ def save_reconstructions(output: Path, arrays: Mapping[str, Tensor]) -> list[Pat
     Returns:
         the files that were written.
     """
-    *originals, _ = files = reconstruction_files(output)
-    for path in originals:
-        save_images(path, arrays)
+    written = []
+    if output.suffix == ".png":
+        written.append(_original(output))
+        save_images(written[0], arrays)
     save_images(output, arrays, shown="reconstructions")
-    return files
+    return [*written, output]
 
 
-def reconstruction_files(output: Path) -> list[Path]:
-    """What `save_reconstructions` writes."""
-    originals = [output.with_name(f"{output.stem}-original.png")] if output.suffix == ".png" else []
-    return [*originals, output]
+def _original(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-original.png")
