@@ -310,9 +310,9 @@ def _weights(path: Path, *following: str | Path, data_folder: Path = DATA) -> It
     """Inside, a network is trained. Then say whether its weights are new, and what to type next."""
     before = path.stat().st_mtime_ns if path.exists() else None
     yield
-    done = "kept, as no later epoch was better," if path.stat().st_mtime_ns == before else "wrote"
+    done = f"kept {path}, on which no later epoch improved" if path.stat().st_mtime_ns == before else f"wrote {path}"
     data = () if data_folder == DATA else ("--data-folder", data_folder)
-    say(f"{done} {path}; next: {program()} {command_line(*following, *data)}")
+    say(f"{done}; next: {program()} {command_line(*following, *data)}")
 
 
 @app.callback(help="A VQ-VAE turns images into small maps of codes and back; a gated PixelCNN learns to draw such maps")
