@@ -20,7 +20,7 @@ RANKING = """
     vqvae.training vqvae.training.settings vqvae.training.signals vqvae.training.averages vqvae.training.logs
     vqvae.training.loop
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae
-    prior.kernels prior.model prior.incremental prior.sampling
+    prior.kernels prior.model prior.incremental prior.sampling prior.checks
     prior.codes prior.independent prior.likelihood prior.pair prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables

@@ -17,6 +17,11 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file that is needed is not there."""
 
 
+def plain(number: object) -> str:
+    """A number in a message, with every digit that it has: 1.0000001, which `:g` would round to 1."""
+    return f"{number}".removesuffix(".0")
+
+
 class Interrupted(Exception):
     """A signal ended a training run, which was saved first.
 

@@ -57,7 +57,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             # C code that imports a module may catch an exception, or abort. Nothing is being written: end at once.
             with suppress(OSError):
-                os.write(2, f"{LINE}\n".encode())
+                if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+                    os.write(2, f"{LINE}\n".encode())
             os._exit(128 + number)
         frame = frame.f_back
     raise Stopped(number)

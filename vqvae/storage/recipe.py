@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 from vqvae.storage.files import open_checked, read_at_most
 
 STAGES = ("vqvae", "prior")
@@ -121,8 +121,9 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         InputError: it does not; the message names the setting.
     """
     if not low <= value <= high:  # so that NaN is refused too
-        found = str(value).removesuffix(".0")  # all digits, or 1.0000001 would be shown as 1
-        raise InputError(f"expected `{name}` between {low:g} and {high:g}, found {found}; set it within that range")
+        raise InputError(
+            f"expected `{name}` between {low:g} and {high:g}, found {plain(value)}; set it within that range"
+        )
 
 
 def _field_types(cls: type) -> dict[str, Any]:
