@@ -308,7 +308,7 @@ def evaluate(
 @contextmanager
 def _weights(path: Path, *following: str | Path, data_folder: Path = DATA) -> Iterator[None]:
     """Inside, a network is trained. Then say whether its weights are new, and what to type next."""
-    before = path.stat().st_mtime_ns if path.exists() else None
+    before = path.stat().st_mtime_ns if os.path.exists(path) else None  # noqa: PTH110  # Path's own may raise
     yield
     done = f"kept {path}, on which no later epoch improved" if path.stat().st_mtime_ns == before else f"wrote {path}"
     data = () if data_folder == DATA else ("--data-folder", data_folder)

@@ -459,6 +459,8 @@ def test_a_wrong_value_of_any_flag_ends_in_one_sentence_and_nothing_is_written(c
     params = typer.main.get_command(cli.app).commands[command.split()[0]].params
     for flag in [param.opts[0] for param in params if param.opts and not param.is_flag]:
         for value in WRONG if flag != "--output-folder" else ["", "x" * 5000]:  # any other is a folder's name
+            if (flag, value) == ("--temperature", "9" * 30):
+                continue  # wild, but not wrong
             offline = [] if command.startswith("sample") else ["--no-download"]
             message = refuse(f"{command} --device cpu", *offline, f"{flag}={value}", saying="")
             assert message.count("\n") in (0, 4)  # the usage has four lines
