@@ -439,19 +439,7 @@ def test_an_output_of_another_kind_is_refused_first_and_so_is_one_that_cannot_be
         refuse(command, "--device", "cpu", place="damaged/run", saying=texts)
 
 
-WRONG = [
-    "",
-    "nan",
-    "-inf",
-    "-1",
-    "1e999",
-    "9" * 30,
-    "\u221e",
-    "no utf-8 \udcff",
-    "~nobody/x",
-    "a\nb\x1b[2J",
-    "x" * 5000,
-]
+WRONG = ["", "nan", "-1", "1e999", "9" * 30, "\u221e", "no utf-8 \udcff", "a\nb\x1b[2J", "x" * 5000]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "sample --mode gaussian"])
