@@ -65,11 +65,16 @@ def memory_for(argument: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError, of CUDA, is a RuntimeError
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         raise InputError(
             f"expected enough memory for this `{argument}`, found too little; choose a smaller `{argument}`"
         ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was memory that ran out, of the machine or of a CUDA device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def require_memory(num_bytes: int, argument: str, value: int) -> None:
