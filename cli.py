@@ -14,6 +14,7 @@ import typer
 from typer import Option
 
 from vqvae.errors import InputError, Interrupted
+from vqvae.storage.shipped import RECIPES
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +24,6 @@ app = typer.Typer(
     help="A VQ-VAE turns images into small maps of codes and back; a gated PixelCNN learns to draw such maps.",
 )
 
-RECIPES = Path(__file__).parent / "configs"
 DATA = Path("data")
 
 Config = Annotated[Path, Option(help="TOML recipe; flags override it, it overrides the defaults.")]

@@ -11,9 +11,9 @@ from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.checkpoint import read_header
 from vqvae.storage.files import SCRATCH
+from vqvae.storage.shipped import SHIPPED
 
 RUNS = Path("checkpoints")
-SHIPPED = Path(__file__).parents[2] / "checkpoints" / "pretrained"
 
 
 def weights_file(folder: Path, stage: str) -> Path:
