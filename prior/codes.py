@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from vqvae.codec import encode_images
-from vqvae.console import say
+from vqvae.console import remark, say
 from vqvae.data.dataset import Split, digest
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
 from vqvae.storage import checkpoint
 from vqvae.storage.files import open_checked, write_atomically
+from vqvae.storage.tensors import TensorFile
 
 
 class Codes(NamedTuple):
@@ -35,9 +35,8 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
     Args:
         fingerprint: of the VQ-VAE.
         name: of the split, for the file's name.
-        folder: where the cache lies, as `codes-<name>.safetensors`. A stale or damaged cache is replaced.
-    Raises:
-        InputError: the cache can't be written.
+        folder: where the cache lies, as `codes-<name>.safetensors`. A stale or damaged cache is replaced. One that
+            can't be written costs only the time to extract the codes again.
     """
     path = folder / f"codes-{name}.safetensors"
     origin = {"vqvae": fingerprint, "data": digest(split)}
@@ -49,7 +48,10 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
         codes = extract(model, split)
         tensors = {"indices": codes.indices.to("cpu", torch.int16)}
         metadata = {"fingerprint": checkpoint.fingerprint(origin, tensors)}
-        write_atomically(path, to_safetensors(tensors, metadata=metadata))
+        try:
+            write_atomically(path, to_safetensors(tensors, metadata=metadata))
+        except InputError as error:
+            remark(f"the {name} code maps are not kept for the next run: {error}")
         return codes
     return Codes(indices.to(model.device, torch.int64), labels)
 
@@ -60,13 +62,13 @@ def _read(path: Path, origin: dict[str, str], shape: tuple[int, ...], num_codes:
     Raises:
         InputError: there is none, it was made from something else, or it is damaged.
     """
-    with open_checked(path, "a cache of code maps", "delete it"), safe_open(path, framework="pt") as file:
-        if tuple(file.get_slice("indices").get_shape()) != shape:  # before memory is taken for it
-            raise ValueError("codes of another shape")
-        indices: Tensor = file.get_tensor("indices").clone()
+    with open_checked(path, "a cache of code maps", "delete it") as opened:
+        file = TensorFile(opened)
+        tensors = file.read({"indices": torch.empty(shape, dtype=torch.int16, device="meta")})
         # One hash of the origin and of the codes. A stale cache and a damaged one look the same.
-        if file.metadata() != {"fingerprint": checkpoint.fingerprint(origin, {"indices": indices})}:
+        if file.metadata != {"fingerprint": checkpoint.fingerprint(origin, tensors)}:
             raise ValueError("codes of another origin")
+        indices = tensors["indices"]
         if not 0 <= indices.min() <= indices.max() < num_codes:
             raise ValueError("codes out of range")
         return indices

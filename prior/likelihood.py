@@ -16,7 +16,14 @@ from prior.codes import Codes
 from prior.model import GatedPixelCNN
 from vqvae.compute import eval_mode, in_batches
 
-BATCH = 250
+BATCH = 250  # maps at once, at most
+MOST_LOGITS = 2**24  # at once; they take 64 MB in float32
+
+
+def maps_at_once(prior: GatedPixelCNN) -> int:
+    """How many maps to score at once, so that the memory they take is bounded for any number of codes."""
+    height, width = prior.map_shape
+    return max(min(BATCH, MOST_LOGITS // (prior.num_codes * height * width)), 1)
 
 
 def nats_per_code(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None) -> Tensor:
@@ -37,7 +44,7 @@ def nats_per_map(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None, n
     """
     nats = []
     with eval_mode(prior):
-        for rows in in_batches(len(indices), BATCH):
+        for rows in in_batches(len(indices), maps_at_once(prior)):
             some = indices[rows].to(prior.device)
             logits = prior(some, None if labels is None else labels[rows].to(prior.device))
             by_position = F.cross_entropy(logits, some, reduction="none").double()  # (B, H, W)
@@ -80,7 +87,7 @@ def nats_by_position(prior: GatedPixelCNN, codes: Codes) -> Tensor:
     """Mean negative log-likelihood of each position (H, W) over a split, with its labels."""
     total = torch.zeros(prior.map_shape, dtype=torch.float64, device=prior.device)
     with eval_mode(prior):
-        for rows in in_batches(len(codes.labels), BATCH):
+        for rows in in_batches(len(codes.labels), maps_at_once(prior)):
             logits = prior(codes.indices[rows], codes.labels[rows])
             total += F.cross_entropy(logits, codes.indices[rows], reduction="none").sum(dim=0)
     return total / len(codes.labels)

@@ -158,19 +158,18 @@ def load_prior(
     Raises:
         InputError: no whole prior checkpoint is there, or it belongs to another VQ-VAE.
     """
-    header = checkpoint.read_header(path, "prior")
-    if header.vqvae_fingerprint != vqvae_header.fingerprint:
-        raise InputError(
-            f"expected the VQ-VAE that the prior at {path} was trained on, of fingerprint "
-            f"{str(header.vqvae_fingerprint)[:12]!r}, found one of fingerprint {vqvae_header.fingerprint[:12]!r}; "
-            f"name a pair that belongs together, by `vqvae` and `prior`"
-        )
 
-    def build() -> GatedPixelCNN:
+    def build(header: checkpoint.Header) -> GatedPixelCNN:
+        if header.vqvae_fingerprint != vqvae_header.fingerprint:
+            raise InputError(
+                f"expected the VQ-VAE that the prior was trained on, of fingerprint "
+                f"{str(header.vqvae_fingerprint)[:12]!r}, found one of fingerprint {vqvae_header.fingerprint[:12]!r}; "
+                f"name a pair that belongs together, by `vqvae` and `prior`"
+            )
         num_classes = from_dict(DatasetInfo, header.data).num_classes
         return GatedPixelCNN(
             from_dict(PriorConfig, header.config), vqvae.config.num_codes, vqvae.map_shape, num_classes
         )
 
-    prior = checkpoint.load(path, header, build)
+    prior, header = checkpoint.load(path, "prior", build)
     return prior.to(device).eval(), header

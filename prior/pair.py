@@ -3,6 +3,7 @@
 Images are float32 in 0..1 here, (N, C, S, T), and lie on the CPU.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prior.checks import check_maps, to_labels
 from prior.incremental import IncrementalLogits
 from prior.likelihood import label_log_joint, nats_per_map
 from prior.model import GatedPixelCNN, load_prior
-from prior.sampling import GUIDANCE, draw_labels, invert_cumulative, sample_codes
+from prior.sampling import GUIDANCE, check_options, draw_labels, invert_cumulative, sample_codes
 from vqvae.codec import decode_images, encode_images
-from vqvae.compute import derive_seed, eval_mode, pick_device
+from vqvae.compute import derive_seed, eval_mode, memory_for, pick_device, require_samples, require_whole, seeded
 from vqvae.data.dataset import DatasetInfo
 from vqvae.data.pixels import from_unit_range
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 from vqvae.model import VQVAE, load_vqvae
 from vqvae.storage.checkpoint import Header
 from vqvae.storage.recipe import from_dict
@@ -56,22 +58,17 @@ def draw_maps(
     Raises:
         InputError: an option out of its range, or labels or codes that do not exist.
     """
-    _check_num(num_samples)
-    if labels is None:
-        if guidance != 1:
-            raise InputError(f"expected labels with `guidance={guidance:g}`, found none; give `labels` too")
-        labels = torch.full((num_samples,), prior.no_label)
+    num_samples = require_samples(num_samples, 4 * math.prod(prior.map_shape))  # 8 bytes a uniform, 8 a code
+    if labels is not None:
+        labels = to_labels(labels, prior.num_classes, num_samples)
+    elif guidance != 1:
+        raise InputError(f"expected labels with `guidance={plain(guidance)}`, found none; give `labels` too")
     else:
-        _check_labels(labels, num_samples, prior.num_classes)
-    shape = (num_samples, *prior.map_shape)
-    if known_codes is not None and (known_codes.dtype != torch.int64 or known_codes.shape != shape):
-        found = f"{known_codes.dtype} of shape {tuple(known_codes.shape)}"
-        raise InputError(f"expected known codes torch.int64 of shape {shape}, found {found}; encode the images anew")
-    if known_codes is not None and known_codes.max() >= prior.num_codes:
-        largest = int(known_codes.max())
-        raise InputError(f"expected known codes below {prior.num_codes}, found {largest}; encode the images anew")
-    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
-    with eval_mode(prior):
+        labels = torch.full((num_samples,), prior.no_label)
+    if known_codes is not None:
+        check_maps("known codes", known_codes, prior.map_shape, prior.num_codes, num=num_samples, least=-1)
+    with memory_for("num_samples"), eval_mode(prior):
+        uniforms = torch.rand(num_samples, *prior.map_shape, generator=generator, dtype=torch.float64)
         maps = sample_codes(
             partial(IncrementalLogits, prior),
             uniforms,
@@ -136,27 +133,28 @@ class Pair:
         Raises:
             InputError: an option out of its range, or a label that is no class.
         """
-        cycle = None if labels is None else _to_tensor(labels)
-        if cycle is not None and len(cycle) == 0:
-            raise InputError("expected at least one label, found none; leave `labels` out to draw any")
+        check_options(guidance, temperature, top_k, top_p)
+        generator = seeded(seed)
+        cycle = None if labels is None else to_labels(labels, self.prior.num_classes)
         num = (1 if cycle is None else len(cycle)) if num_samples is None else num_samples
-        _check_num(num)
-        if cycle is None:
-            drawn_labels = draw_labels(self.info.class_frequencies, num, _generator(derive_seed(seed, "labels")))
-        else:
-            drawn_labels = cycle[torch.arange(num) % len(cycle)]
-        indices = draw_maps(
-            self.prior,
-            num,
-            _generator(seed),
-            labels=drawn_labels,
-            guidance=self._guidance(guidance),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            progress=progress,
-        )
-        return Samples(self.decode(indices), indices, drawn_labels)
+        num = require_samples(num, 2 * math.prod(self.vqvae.image_shape))  # two: batches of images, and all of them
+        with memory_for("num_samples"):
+            if cycle is None:
+                drawn_labels = draw_labels(self.info.class_frequencies, num, seeded(derive_seed(seed, "labels")))
+            else:
+                drawn_labels = cycle[torch.arange(num) % len(cycle)]
+            indices = draw_maps(
+                self.prior,
+                num,
+                generator,
+                labels=drawn_labels,
+                guidance=self._guidance(guidance),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                progress=progress,
+            )
+            return Samples(self.decode(indices), indices, drawn_labels)
 
     def encode(self, images: Tensor) -> Tensor:
         """Code maps (N, H, W) int64 of images.
@@ -172,16 +170,7 @@ class Pair:
         Raises:
             InputError: maps of another shape or dtype, or codes that do not exist.
         """
-        shape, num_codes = self.vqvae.map_shape, self.vqvae.config.num_codes
-        if indices.shape[1:] != shape or len(indices) == 0 or indices.dtype != torch.int64:
-            found = f"{indices.dtype} of shape {tuple(indices.shape)}"
-            raise InputError(
-                f"expected maps torch.int64 of shape (N, {shape[0]}, {shape[1]}), at least one, found {found}"
-            )
-        if not 0 <= int(indices.min()) <= int(indices.max()) < num_codes:
-            raise InputError(
-                f"expected codes in 0..{num_codes - 1}, found {int(indices.min())} to {int(indices.max())}"
-            )
+        check_maps("codes", indices, self.vqvae.map_shape, self.vqvae.config.num_codes)
         return decode_images(self.vqvae, indices)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -203,9 +192,7 @@ class Pair:
         indices = self.encode(images)
         if labels is None:
             return label_log_joint(self.prior, indices, self.info.class_frequencies).logsumexp(dim=1)
-        known = _to_tensor(labels)
-        _check_labels(known, len(indices), self.prior.num_classes)
-        return -nats_per_map(self.prior, indices, known)
+        return -nats_per_map(self.prior, indices, to_labels(labels, self.prior.num_classes, len(indices)))
 
     def label_probabilities(self, images: Tensor) -> Tensor:
         """p(label | map) of each image's code map by Bayes' rule: (N, num_classes) float64, or (N, 1) without classes.
@@ -228,24 +215,20 @@ class Pair:
         Raises:
             InputError: images of another shape, or not in 0..1, or an option out of its range.
         """
-        height = self.vqvae.map_shape[0]
-        if not 0 <= num_rows <= height:
-            raise InputError(
-                f"expected `num_rows` between 0 and {height}, found {num_rows}; try `num_rows={height // 2}`"
-            )
+        height, generator = self.vqvae.map_shape[0], seeded(seed)
+        num_rows = require_whole("num_rows", num_rows, 0, height, f"try `num_rows={height // 2}`")
+        check_options(*(options.get(name) for name in ("guidance", "temperature", "top_k", "top_p")))
         known = self.encode(images)
         if labels is None:
             joint = label_log_joint(self.prior, known, self.info.class_frequencies, num_rows=num_rows)
-            uniforms = torch.rand(len(known), generator=_generator(derive_seed(seed, "labels")), dtype=torch.float64)
+            uniforms = torch.rand(len(known), generator=seeded(derive_seed(seed, "labels")), dtype=torch.float64)
             drawn_labels = invert_cumulative(joint.softmax(dim=1), uniforms)
         else:
-            drawn_labels = _to_tensor(labels)
+            drawn_labels = to_labels(labels, self.prior.num_classes, len(known))
         known[:, num_rows:] = -1
         options["guidance"] = self._guidance(options.get("guidance"))
-        generator = _generator(seed)
-        return self.decode(
-            draw_maps(self.prior, len(known), generator, labels=drawn_labels, known_codes=known, **options)
-        )
+        maps = draw_maps(self.prior, len(known), generator, labels=drawn_labels, known_codes=known, **options)
+        return self.decode(maps)
 
     def _guidance(self, guidance: float | None) -> float:
         """The default where none is given. Without classes there is nothing to guide by."""
@@ -270,26 +253,3 @@ def load_pair(
     model, vqvae_header = load_vqvae(files[0], where)
     network, prior_header = load_prior(files[1], model, vqvae_header, where)
     return Pair(model, network, vqvae_header, prior_header, files)
-
-
-def _to_tensor(labels: Iterable[int]) -> Tensor:
-    return torch.tensor([int(label) for label in labels], dtype=torch.int64)
-
-
-def _check_num(num_samples: int) -> None:
-    if num_samples < 1:
-        raise InputError(f"expected `num_samples` of at least 1, found {num_samples}; try `num_samples=100`")
-
-
-def _check_labels(labels: Tensor, num: int, num_classes: int) -> None:
-    if len(labels) != num:
-        raise InputError(f"expected {num} labels, one for each image, found {len(labels)}; give as many `labels`")
-    if num_classes == 0 and labels.any():
-        raise InputError("expected no labels, because the prior has no classes, found some; leave `labels` out")
-    wrong = labels[(labels < 0) | (labels >= max(num_classes, 1))]
-    if len(wrong) > 0:
-        raise InputError(f"expected labels in 0..{num_classes - 1}, found {int(wrong[0])}; choose others by `labels`")
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqvae.compute import in_batches
+from vqvae.compute import in_batches, require_whole
 from vqvae.distributed import all_reduce_sum, rank, world_size
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 
 GUIDANCE = 1.25  # the default; chosen on validation by FID, then coverage (configs/README.md)
 MAX_GUIDANCE = 100
@@ -63,6 +63,7 @@ def sample_codes(
         InputError: an option out of its range.
     """
     check_options(guidance, temperature, top_k, top_p)
+    batch_size = require_whole("batch_size", batch_size, 1)
     num, height, width = uniforms.shape
     device = labels.device
     maps = torch.zeros(num, height, width, dtype=torch.int64, device=device)
@@ -83,23 +84,37 @@ def sample_codes(
     return all_reduce_sum(maps).cpu()  # a map that another process drew is zero here
 
 
-def check_options(guidance: float, temperature: float, top_k: int | None, top_p: float) -> None:
-    """
+def check_options(
+    guidance: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> None:
+    """Check the options of a draw, without a model. None stands for an option that is not given.
+
     Raises:
-        InputError: an option out of its range.
+        InputError: an option out of its range, or no number.
     """
-    if not 0 <= guidance <= MAX_GUIDANCE:
-        raise InputError(
-            f"expected `guidance` between 0 and {MAX_GUIDANCE}, found {guidance:g}; use `guidance=1` for none"
-        )
-    if not 0 < temperature < math.inf:
-        raise InputError(
-            f"expected `temperature` over 0, found {temperature:g}; use `top_k=1` for the most likely codes"
-        )
-    if top_k is not None and top_k < 1:
-        raise InputError(f"expected `top_k` of at least 1, found {top_k}; use `top_k=1` for the most likely codes")
-    if not 0 < top_p <= 1:
-        raise InputError(f"expected `top_p` over 0 and at most 1, found {top_p}; use `top_p=1` for all codes")
+    for name, value in {"guidance": guidance, "temperature": temperature, "top_p": top_p}.items():
+        if value is not None and not _is_finite(value):
+            raise InputError(f"expected `{name}` to be a finite number, found {value!r:.80}; leave it out")
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
+        found = plain(guidance)
+        raise InputError(f"expected `guidance` between 0 and {MAX_GUIDANCE}, found {found}; use `guidance=1` for none")
+    likeliest = "use `top_k=1` for the most likely codes"
+    if temperature is not None and temperature <= 0:
+        raise InputError(f"expected `temperature` over 0, found {plain(temperature)}; {likeliest}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"expected `top_p` over 0 and at most 1, found {plain(top_p)}; use `top_p=1` for all codes")
+    if top_k is not None:
+        require_whole("top_k", top_k, 1, remedy=likeliest)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]  # this is the check
+    except (OverflowError, TypeError):  # a whole number too large for a float, or no number
+        return False
 
 
 def guided(logits_for: Callable[[Tensor], LogitsAt], labels: Tensor, no_label: int, guidance: float) -> LogitsAt:

@@ -9,11 +9,18 @@ from torch import Tensor
 
 from prior.codes import Codes, extract, extract_cached
 from prior.independent import baselines
-from prior.likelihood import BATCH, nats_per_code
+from prior.likelihood import maps_at_once, nats_per_code
 from prior.model import GatedPixelCNN, PriorConfig, load_prior
 from prior.pair import draw_maps
 from vqvae.codec import decode_images
-from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device
+from vqvae.compute import (
+    derive_seed,
+    eval_mode,
+    in_batches,
+    pick_device,
+    require_memory_to_train,
+    require_whole,
+)
 from vqvae.data.dataset import Dataset, digest
 from vqvae.data.mnist import load_mnist
 from vqvae.distributed import main_first, shard
@@ -52,7 +59,7 @@ def evaluate_prior(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
     """Likelihood of a whole split with its labels: `nats_per_code` and `bits_per_image`."""
     averager = MetricAverager()
     with eval_mode(prior):
-        for rows in shard(in_batches(len(codes.labels), BATCH)):
+        for rows in shard(in_batches(len(codes.labels), maps_at_once(prior))):
             indices, labels = codes.indices[rows], codes.labels[rows]
             averager.add({"nats_per_code": nats_per_code(prior, indices, labels)}, len(indices))
     nats = averager.averages()["nats_per_code"]
@@ -154,11 +161,13 @@ def train_prior(
     Returns:
         the figures of that best epoch on the test split, and those of the priors without neighbours.
     """
-    where = pick_device(device)
+    seed, where = require_whole("seed", seed, 0), pick_device(device)
     vqvae, vqvae_header = load_vqvae(vqvae_path, where)
     folder, path = output_folder / "prior", weights_file(output_folder, "prior")
     with main_first():
         dataset = load_mnist(data_folder, download)
+    num_codes, num_classes = vqvae.config.num_codes, dataset.info.num_classes
+    require_memory_to_train(lambda: GatedPixelCNN(config, num_codes, vqvae.map_shape, num_classes), config.width)
     with run_lock(output_folder, "prior", resume=resume, overwrite=overwrite):
         with main_first():
             train, validation = (
@@ -169,7 +178,7 @@ def train_prior(
         fit(task, training, Run(folder, seed, task.settings, resume))
         best, _ = load_prior(path, vqvae, vqvae_header, where)
         test = extract(vqvae, dataset.load_test())
-        return {**evaluate_prior(best, test), **baselines(train, test, vqvae.config.num_codes)}
+        return {**evaluate_prior(best, test), **baselines(train, test, num_codes)}
 
 
 def summarise(figures: dict[str, float]) -> str:

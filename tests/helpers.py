@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
+import signal
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,9 @@ from vqvae.data.dataset import Dataset, DatasetInfo, Split
 from vqvae.data.mnist import load_mnist
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage import checkpoint
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the command line, when it is imported, sets its own
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixture"  # 480 training and 120 test digits of the real MNIST
@@ -138,7 +143,11 @@ class Result(NamedTuple):
 def run(*arguments: object) -> Result:
     """`python cli.py <arguments>` in this process. An exception that is not the user's mistake is raised."""
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
-    with patch.object(sys, "argv", ["cli.py", *map(str, arguments)]), redirect_stdout(stdout), redirect_stderr(stderr):
+    with ExitStack() as stack:
+        for context in (redirect_stdout(stdout), redirect_stderr(stderr), patch.dict(os.environ)):  # --quiet sets it
+            stack.enter_context(context)
+        stack.enter_context(patch.object(sys, "argv", ["cli.py", *map(str, arguments)]))
+        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         try:
             cli.main()
         except SystemExit as end:

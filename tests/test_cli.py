@@ -219,7 +219,7 @@ def test_what_was_computed_is_on_disk_before_it_is_printed(command: str, written
         if not text.startswith(("weights: ", "VQ-VAE: ")):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli, "print", write, raising=False)
+    monkeypatch.setattr(cli, "say", write)
     with pytest.raises(OSError, match="No space"):
         run(*shlex.split(command))
     assert (Path("place") / written).exists()

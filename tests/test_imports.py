@@ -12,15 +12,16 @@ from tests.helpers import ROOT, SHIPPED
 
 # Every module, the lowest first. A module may import only modules that stand before it.
 RANKING = """
-    vqvae.errors vqvae.distributed vqvae.compute vqvae.console
-    vqvae.storage vqvae.storage.shipped vqvae.storage.files vqvae.storage.recipe vqvae.storage.checkpoint
+    vqvae.errors vqvae.distributed vqvae.compute vqvae.console vqvae.stopping
+    vqvae.storage vqvae.storage.shipped vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
+    vqvae.storage.checkpoint
     vqvae.storage.runs
     vqvae.data vqvae.data.dataset vqvae.data.pixels vqvae.data.download vqvae.data.mnist
     vqvae.pictures vqvae.output
     vqvae.training vqvae.training.settings vqvae.training.signals vqvae.training.averages vqvae.training.logs
     vqvae.training.loop
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae
-    prior.kernels prior.model prior.incremental prior.sampling
+    prior.kernels prior.model prior.incremental prior.sampling prior.checks
     prior.codes prior.independent prior.likelihood prior.pair prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables

@@ -1,12 +1,14 @@
-"""Whole sets of images to code maps and back, in batches, with a VQ-VAE in eval mode."""
+"""Whole sets of images to code maps and back, in batches, with a VQ-VAE in eval mode.
+
+No images at all are one empty batch, so that the result has its shape and its type.
+"""
 
 import torch
 from torch import Tensor
 
-from vqvae.compute import eval_mode, in_batches
+from vqvae.compute import eval_mode, in_batches, require_whole
 from vqvae.data.dataset import Split
 from vqvae.data.pixels import to_model_range, to_unit_range
-from vqvae.errors import InputError
 from vqvae.model import VQVAE
 
 BATCH = 500
@@ -19,16 +21,16 @@ def encode_images(model: VQVAE, images: Tensor) -> Tensor:
         images: uint8, or floating point in the model's range -1..1.
     """
     with eval_mode(model):
-        batches = (images[rows].to(model.device) for rows in in_batches(len(images), BATCH))
+        batches = (images[rows].to(model.device) for rows in in_batches(max(len(images), 1), BATCH))
         indices = [model.encode(to_model_range(x) if x.dtype == torch.uint8 else x) for x in batches]
     return torch.cat(indices)  # outside of inference mode, so that the result can take part in training
 
 
 def decode_images(model: VQVAE, indices: Tensor) -> Tensor:
-    """Images (N, C, S, T) in 0..1, on the CPU, of code maps (N, H, W)."""
+    """Images (N, C, S, T), float32 in 0..1, on the CPU, of code maps (N, H, W)."""
     with eval_mode(model):
-        batches = (indices[rows].to(model.device) for rows in in_batches(len(indices), BATCH))
-        images = [to_unit_range(model.decode_indices(batch)).cpu() for batch in batches]
+        batches = (indices[rows].to(model.device) for rows in in_batches(max(len(indices), 1), BATCH))
+        images = [to_unit_range(model.decode_indices(batch).float()).cpu() for batch in batches]
     return torch.cat(images)
 
 
@@ -48,8 +50,7 @@ def reconstruct_split(model: VQVAE, split: Split, num_images: int) -> dict[str, 
         InputError: there are not so many images.
     """
     most = len(split.labels)
-    if not 1 <= num_images <= most:
-        raise InputError(f"expected `num_images` between 1 and {most}, found {num_images}; try `num_images={most}`")
+    num_images = require_whole("num_images", num_images, 1, most, f"try `num_images={most}`")
     images, labels = split.first(num_images)
     indices, reconstructions = reconstruct_images(model, images)
     originals = to_unit_range(to_model_range(images))

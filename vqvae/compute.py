@@ -1,9 +1,11 @@
 """What every computation here needs: the device, memory, a seed, batches, and eval mode."""
 
 import hashlib
+import math
+import operator
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,11 +65,16 @@ def memory_for(argument: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError, of CUDA, is a RuntimeError
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         raise InputError(
             f"expected enough memory for this `{argument}`, found too little; choose a smaller `{argument}`"
         ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was memory that ran out, of the machine or of a CUDA device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def require_memory(num_bytes: int, argument: str, value: int) -> None:
@@ -84,9 +91,70 @@ def require_memory(num_bytes: int, argument: str, value: int) -> None:
         return
     if num_bytes > most:
         raise InputError(
-            f"expected `{argument}` for which {most / 2**30:.3g} GiB of memory are enough, found {value}, which needs "
-            f"{num_bytes / 2**30:.3g}; choose a smaller `{argument}`"
+            f"expected `{argument}` for which {most // 2**30} GiB of memory are enough, found {value}, which needs "
+            f"{math.ceil(num_bytes / 2**30)}; choose a smaller `{argument}`"
         )
+
+
+def require_memory_to_train(build: Callable[[], nn.Module], width: int) -> None:
+    """Refuse a network that does not fit into memory with its gradients and the optimiser's two averages.
+
+    Args:
+        build: makes the network, here without memory.
+        width: of its layers, which the message names.
+    Raises:
+        InputError: it does not fit.
+    """
+    with torch.device("meta"):
+        num_weights = sum(parameter.numel() for parameter in build().parameters())
+    require_memory(4 * 4 * num_weights, "width", width)
+
+
+def require_whole(argument: str, value: object, low: int, high: int | None = None, remedy: str | None = None) -> int:
+    """The value of an argument as an int, checked.
+
+    Args:
+        value: a whole number of any type but bool.
+        low, high: the least and the largest that is allowed; None stands for the largest of 64 bits.
+        remedy: what to do instead.
+    Raises:
+        InputError: the value is something else.
+    """
+    remedy = remedy or "choose another"
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]  # the check itself
+    except TypeError:
+        whole = None
+    if whole is None:
+        raise InputError(f"expected `{argument}` to be a whole number, found {value!r:.80}; {remedy}")
+    if abs(whole) >= 2**63:
+        raise InputError(f"expected `{argument}` to be a number of at most 64 bits, found a longer one; {remedy}")
+    if whole < low or (high is not None and whole > high):
+        expected = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"expected `{argument}` {expected}, found {whole}; {remedy}")
+    return whole
+
+
+def require_samples(num_samples: int, floats_each: int) -> int:
+    """The number of samples, checked.
+
+    Args:
+        floats_each: the memory that each sample takes at least, in numbers of float32.
+    Raises:
+        InputError: it is no whole number of at least 1, or so many samples do not fit into memory.
+    """
+    num = require_whole("num_samples", num_samples, 1, remedy="try `num_samples=100`")
+    require_memory(4 * floats_each * num, "num_samples", num)
+    return num
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU.
+
+    Raises:
+        InputError: the seed is no whole number in 0..2**63 - 1.
+    """
+    return torch.Generator().manual_seed(require_whole("seed", seed, 0))
 
 
 def derive_seed(*keys: int | str) -> int:

@@ -107,6 +107,8 @@ class Decoder(nn.Sequential):
 class VQVAE(nn.Module):
     """Stage one: images to maps of codes, and back.
 
+    The model works in every floating-point type. `model.to(dtype)` changes it, and the images follow.
+
     Args:
         config: the network.
         image_shape: (C, S, T), channels, height and width.
@@ -128,10 +130,10 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(config, num_channels)
 
     def forward(self, x: Tensor) -> VQVAEOutput:
-        """Reconstruct images (B, C, S, T), float32 in -1..1.
+        """Reconstruct images (B, C, S, T), floating point in -1..1.
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: images of another shape, or of whole numbers.
         """
         z_e = self.encode_continuous(x)
         quantized = self.quantizer(z_e)
@@ -142,11 +144,14 @@ class VQVAE(nn.Module):
         return self.quantizer.codebook.device
 
     def encode_continuous(self, x: Tensor) -> Tensor:
-        """z_e (B, D, H, W) of images (B, C, S, T) in -1..1. It is float32 under autocast too."""
+        """z_e (B, D, H, W) of images (B, C, S, T) in -1..1, in the codebook's type, under autocast too."""
         if x.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images of shape (B, {expected}), found {tuple(x.shape)}")
-        return self.encoder(x).float()
+        if not x.is_floating_point():
+            raise ValueError(f"expected images of floating-point values in -1..1, found {x.dtype}")
+        dtype = self.quantizer.codebook.dtype
+        return self.encoder(x.to(dtype)).to(dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices (B, H, W) int64 of images (B, C, S, T) in -1..1."""
@@ -163,10 +168,9 @@ def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, checkpoint.Head
     Raises:
         InputError: no whole VQ-VAE checkpoint is there.
     """
-    header = checkpoint.read_header(path, "vqvae")
 
-    def build() -> VQVAE:
+    def build(header: checkpoint.Header) -> VQVAE:
         return VQVAE(from_dict(VQVAEConfig, header.config), from_dict(DatasetInfo, header.data).image_shape)
 
-    model = checkpoint.load(path, header, build)
+    model, header = checkpoint.load(path, "vqvae", build)
     return model.to(device).eval(), header

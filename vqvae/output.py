@@ -8,20 +8,26 @@ from torch import Tensor
 
 from vqvae.errors import InputError
 from vqvae.pictures import save_grid
-from vqvae.storage.files import write_arrays
+from vqvae.storage.files import require_writable_file, write_arrays
 
 
-def check_output(output: Path) -> Path:
-    """The same path.
+def check_output(output: Path, *, with_original: bool = False) -> Path:
+    """The same path. Nothing is made there.
 
+    Args:
+        with_original: `save_reconstructions` will write it, so a picture gets another beside it.
     Raises:
-        InputError: its name ends neither in .png nor in .npz.
+        InputError: its name ends neither in .png nor in .npz, or it cannot be written.
     """
     if output.suffix not in (".png", ".npz"):
+        named = output / "images" if output.name in ("", "..") else output
         raise InputError(
             f"expected `output` to end in .png (a picture) or .npz (arrays), found {output}; "
-            f"try `output={output.stem}.png`"
+            f"try `output={named.with_name(f'{named.stem}.png')}`"
         )
+    require_writable_file(output)
+    if with_original and output.suffix == ".png":
+        require_writable_file(_original(output))
     return output
 
 
@@ -45,7 +51,11 @@ def save_reconstructions(output: Path, arrays: Mapping[str, Tensor]) -> list[Pat
     """
     written = []
     if output.suffix == ".png":
-        written.append(output.with_name(f"{output.stem}-original.png"))
+        written.append(_original(output))
         save_images(written[0], arrays)
     save_images(output, arrays, shown="reconstructions")
     return [*written, output]
+
+
+def _original(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-original.png")

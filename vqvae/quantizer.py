@@ -5,24 +5,24 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vqvae.distributed import all_gather, all_reduce_mean, all_reduce_sum, broadcast, rank, world_size
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 
 CodebookLearning = Literal["gradient", "ema"]
 
 KMEANS_STEPS = 10
 RESTART_BELOW = 0.15  # a code is dead when its average count is below this share of an even split
 JITTER = 1e-3  # noise on restarted codes, in units of the vectors' spread; it keeps codes from equal vectors apart
+MOST_DISTANCES = 2**20  # computed at once; the 4 MB that they take fit into a cache
 
 
 class Quantized(NamedTuple):
-    """The output of the layer."""
+    """The output of the layer. The positions are those of the input, such as (H, W)."""
 
-    z_q: Tensor  # (B, D, H, W), the chosen codes; its gradient goes straight to z_e
-    indices: Tensor  # (B, H, W) int64 in [0, K)
+    z_q: Tensor  # (B, D, *positions), the chosen codes; its gradient goes straight to z_e
+    indices: Tensor  # (B, *positions) int64 in [0, K)
     codebook_loss: Tensor  # scalar, mean over elements of (sg[z_e] - z_q)^2: moves the codebook only
     commitment_loss: Tensor  # scalar, mean over elements of (z_e - sg[z_q])^2: moves the encoder only
 
@@ -38,16 +38,26 @@ class VectorQuantizer(nn.Module):
     restart from vectors of the current batch (arXiv:2005.00341). Processes that train together share one codebook:
     counts, sums and restarts are those of the whole batch.
 
+    The channels are axis 1, and any number of positions follows: images (B, D, H, W), sequences (B, D, N), vectors
+    (B, D). With `channel_last` they are the last axis: sequences (B, N, D). The layer works in every floating-point
+    type; `module.to(dtype)` changes it.
+
     Args:
         num_codes: K, at least 1.
         code_dim: D.
         decay: weight of the past in the moving averages, in 0..1.
+        channel_last: whether D is the last axis of what comes in and goes out, instead of axis 1.
     Raises:
         InputError: another way to learn, or a number out of range.
     """
 
     def __init__(
-        self, num_codes: int, code_dim: int, learning: CodebookLearning = "gradient", decay: float = 0.99
+        self,
+        num_codes: int,
+        code_dim: int,
+        learning: CodebookLearning = "gradient",
+        decay: float = 0.99,
+        channel_last: bool = False,
     ) -> None:
         super().__init__()
         if learning not in get_args(CodebookLearning):
@@ -57,9 +67,10 @@ class VectorQuantizer(nn.Module):
         if num_codes < 1 or code_dim < 1 or not 0 <= decay <= 1:
             raise InputError(
                 f"expected at least one code of one dimension and a decay in 0..1, found {num_codes} codes of "
-                f"{code_dim} dimensions and a decay of {decay:g}; choose others"
+                f"{code_dim} dimensions and a decay of {plain(decay)}; choose others"
             )
         self.num_codes, self.code_dim, self.learning, self.decay = num_codes, code_dim, learning, decay
+        self.channel_axis = -1 if channel_last else 1
         codebook = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes)
         if learning == "gradient":
             self.codebook = nn.Parameter(codebook)
@@ -78,56 +89,62 @@ class VectorQuantizer(nn.Module):
         """Quantise z_e. In training mode an EMA codebook is updated afterwards.
 
         Args:
-            z_e: (B, D, H, W) floating point.
+            z_e: (B, D, *positions) floating point. Without any vectors the losses are NaN and the codes stay. Where a
+                vector is not finite, the losses are not finite either.
         Raises:
             ValueError: z_e does not have D channels.
         """
-        self._check(z_e)
         updating = self.training and self.learning == "ema"
-        vectors = rearrange(z_e.detach().float(), "b d h w -> (b h w) d") if updating else None
+        vectors = self._to_rows(z_e.detach()) if updating else None
         if vectors is not None and not self._started:
             if not self.initialised:
                 self._initialise(vectors)
-            self._started = True
+            self._started = bool(self.initialised)
         indices = self.nearest(z_e)
         z_q = self.lookup(indices).to(z_e.dtype)
         codebook_loss = F.mse_loss(z_q, z_e.detach())
         commitment_loss = F.mse_loss(z_e, z_q.detach())
         if vectors is not None:
             self._update(vectors, indices.flatten())
-        z_q = z_e + (z_q - z_e).detach()  # straight-through: the gradient of z_q is copied to z_e
+        z_q = z_q.detach() + (z_e - z_e.detach())  # straight-through: the gradient of z_q is copied to z_e
         return Quantized(z_q, indices, codebook_loss, commitment_loss)
 
     @torch.no_grad()
     def nearest(self, z_e: Tensor) -> Tensor:
-        """Indices (B, H, W) int64 of the codes nearest to z_e (B, D, H, W). Ties go to the lowest index (eq. 1).
+        """Indices (B, *positions) int64 of the codes nearest to z_e (B, D, *positions). Ties go to the lowest (eq. 1).
 
-        Distances are float32 under autocast too, so that the indices do not depend on it.
+        Distances are float32 at least, under autocast too, so that the indices do not depend on it.
+
+        Raises:
+            ValueError: z_e does not have D channels.
         """
-        self._check(z_e)
-        b, _, h, w = z_e.shape
-        with torch.autocast(z_e.device.type, enabled=False):
-            vectors = rearrange(z_e.float(), "b d h w -> (b h w) d")
-            flat = _distances(vectors, self.codebook.float()).argmin(dim=1)
-        return rearrange(flat, "(b h w) -> b h w", b=b, h=h, w=w)
+        vectors = self._to_rows(z_e)
+        flat = _nearest(vectors, self.codebook.to(vectors.dtype))
+        return flat.view(z_e.movedim(self.channel_axis, -1).shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """The codes (B, D, H, W) at indices (B, H, W)."""
-        return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
+        """The codes (B, D, *positions) at indices (B, *positions)."""
+        return F.embedding(indices, self.codebook).movedim(-1, self.channel_axis)
 
-    def _check(self, z_e: Tensor) -> None:
-        if z_e.ndim != 4 or z_e.shape[1] != self.code_dim:
-            raise ValueError(f"expected z_e of shape (B, {self.code_dim}, H, W), found {tuple(z_e.shape)}")
+    def _to_rows(self, z_e: Tensor) -> Tensor:
+        """z_e as vectors (N, D), in float32, or in float64 where z_e or the codebook has it."""
+        if z_e.ndim < 2 or z_e.shape[self.channel_axis] != self.code_dim:
+            expected = f"(B, {self.code_dim}, ...)" if self.channel_axis == 1 else f"(B, ..., {self.code_dim})"
+            raise ValueError(f"expected z_e of shape {expected}, found {tuple(z_e.shape)}")
+        dtype = torch.promote_types(torch.promote_types(z_e.dtype, self.codebook.dtype), torch.float32)
+        return z_e.to(dtype).movedim(self.channel_axis, -1).reshape(-1, self.code_dim)
 
     @torch.no_grad()
     def _initialise(self, vectors: Tensor) -> None:
-        """Start the codebook from k-means on vectors (N, D), for any N."""
+        """Start the codebook from k-means on vectors (N, D), for any N; without any, the start has to wait."""
+        if sum(all_gather(len(vectors))) == 0:
+            return
         codes = _draw_rows(vectors, self.num_codes)
         for _ in range(KMEANS_STEPS):
-            chosen = _distances(vectors, codes).argmin(dim=1)
+            chosen = _nearest(vectors, codes)
             counts, sums = (all_reduce_sum(part) for part in _count_and_sum(vectors, chosen, self.num_codes))
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
-        self.codebook.copy_(codes)
+        self.codebook.copy_(_apart(codes))
         self.counts.copy_(counts.mean())
         self.sums.copy_(self.codebook * self.counts[:, None])
         self.initialised.fill_(True)
@@ -141,10 +158,10 @@ class VectorQuantizer(nn.Module):
             chosen: (N,), the code that each vector chose.
         """
         counts, sums = (all_reduce_sum(part) for part in _count_and_sum(vectors, chosen, self.num_codes))
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        self.counts.lerp_(counts.to(self.counts.dtype), 1 - self.decay)
+        self.sums.lerp_(sums.to(self.sums.dtype), 1 - self.decay)
         # A code that nothing chose keeps its vector exactly. Its average is a quotient of two fading numbers.
-        moved = self.sums / self.counts.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        moved = self.sums / self.counts.clamp(min=torch.finfo(self.counts.dtype).tiny)[:, None]
         self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
         self._restart_dead_codes(vectors, num_vectors=counts.sum(), even_share=counts.mean())
 
@@ -182,9 +199,36 @@ def _reading_waits(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" and world_size() == 1
 
 
-def _distances(vectors: Tensor, codes: Tensor) -> Tensor:
-    """|e|^2 - 2 z.e: squared distances (N, K) of vectors (N, D) to codes (K, D), up to a constant for each vector."""
-    return torch.addmm(codes.pow(2).sum(1), vectors, codes.T, alpha=-2)
+def _nearest(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The index (N,) of the code (K, D) that is nearest to each vector (N, D), the lowest of several.
+
+    The squared distance is |e|^2 - 2 z.e, up to a constant for each vector. Far from the origin this is a small
+    difference of large numbers, so the mean of the codes becomes the origin first.
+    """
+    origin = codes.mean(dim=0)
+    codes = codes - origin
+    squares = codes.pow(2).sum(dim=1)
+    blocks = vectors.split(max(MOST_DISTANCES // len(codes), 1))
+    with torch.autocast(vectors.device.type, enabled=False):
+        return torch.cat([torch.addmm(squares, block - origin, codes.T, alpha=-2).argmin(dim=1) for block in blocks])
+
+
+def _apart(codes: Tensor) -> Tensor:
+    """Codes (K, D) without equal rows: noise moves all but one of those that are equal.
+
+    Codes from equal vectors can end up equal by rounding, in one dimension above all. The noise begins at what
+    rounding leaves of the largest number, and grows until it has parted them.
+    """
+    noise = 64 * torch.finfo(codes.dtype).eps * codes.abs().max().clamp(min=1e-2)
+    numbers = torch.arange(len(codes), device=codes.device)
+    for doublings in range(32):  # far more than it takes, unless the codes are not finite
+        _, kinds = codes.nan_to_num().unique(dim=0, return_inverse=True)
+        first = torch.full_like(numbers, len(codes)).scatter_reduce_(0, kinds, numbers, "amin")
+        again = first[kinds] < numbers
+        if not again.any():
+            break
+        codes = torch.where(again[:, None], codes + broadcast(torch.randn_like(codes)) * noise * 2**doublings, codes)
+    return codes
 
 
 def _count_and_sum(vectors: Tensor, chosen: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -198,15 +242,17 @@ def _count_and_sum(vectors: Tensor, chosen: Tensor, num_codes: int) -> tuple[Ten
 def _draw_rows(vectors: Tensor, num: int) -> Tensor:
     """Draw `num` rows (num, D) at random from the vectors of all processes.
 
-    Every vector is drawn once before any is drawn again. A little noise makes sure that no two rows are equal. The main
-    process makes the draw, and all processes get the same rows.
+    Every vector is drawn once before any is drawn again. A little noise keeps equal rows apart. The main process makes
+    the draw, and all processes get the same rows.
     """
     sizes = all_gather(len(vectors))
     first = sum(sizes[: rank()])
     order = torch.randperm(sum(sizes), device=vectors.device)
     drawn = broadcast(order.repeat(-(-num // len(order)))[:num]) - first
     own = (drawn >= 0) & (drawn < len(vectors))
-    rows = all_reduce_sum(torch.where(own[:, None], vectors[drawn.clamp(0, len(vectors) - 1)], 0))
+    some = vectors if len(vectors) > 0 else vectors.new_zeros(1, vectors.shape[1])  # another process has them all
+    rows = all_reduce_sum(torch.where(own[:, None], some[drawn.clamp(0, len(some) - 1)], 0))
     mean = all_reduce_mean(vectors.mean(), len(vectors))
-    spread = all_reduce_mean((vectors - mean).square().mean(), len(vectors)).sqrt().clamp(min=1e-2)
+    spread = all_reduce_mean((vectors - mean).square().mean(), len(vectors)).sqrt()
+    spread = torch.maximum(spread, mean.abs().clamp(min=1) / 100)  # less would be lost in rounding
     return rows + broadcast(torch.randn_like(rows)) * spread * JITTER

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.codec import reconstruct_images
-from vqvae.compute import eval_mode, in_batches, pick_device
+from vqvae.compute import eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
+from vqvae.console import remark
 from vqvae.data.dataset import Dataset, Split, digest
 from vqvae.data.mnist import load_mnist
 from vqvae.data.pixels import to_model_range, to_unit_range
 from vqvae.distributed import all_reduce_sum, main_first, shard
+from vqvae.errors import InputError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
 from vqvae.pictures import grid
 from vqvae.predictor import CausalPredictor
@@ -26,6 +28,7 @@ from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
 
 EVALUATION_BATCH = 500
+HARDLY_USED = 1 / 20  # the share of a codebook below which its perplexity is remarked on
 NUM_SHOWN = 100
 
 
@@ -80,7 +83,11 @@ def evaluate_vqvae(
     Returns:
         the loss terms; `squared_error` and `psnr_db` of pixels in 0..1, means over images; `perplexity` and
         `codes_used`, from counts over the whole split.
+    Raises:
+        InputError: there are no images.
     """
+    if len(split.labels) == 0:
+        raise InputError("expected at least one image to evaluate, found none; choose another split")
     averager, num_codes = MetricAverager(), model.config.num_codes
     counts = torch.zeros(num_codes, dtype=torch.int64, device=split.images.device)
     with eval_mode(*(network for network in (model, predictor) if network is not None)):
@@ -174,14 +181,34 @@ def train_vqvae(
     Returns:
         the figures of that best epoch on the test split.
     """
+    seed = require_whole("seed", seed, 0)
     path, where = weights_file(output_folder, "vqvae"), pick_device(device)
     with main_first():
         dataset = load_mnist(data_folder, download)
+    require_memory_to_train(lambda: VQVAE(config, dataset.info.image_shape), config.width)
     with run_lock(output_folder, "vqvae", resume=resume, overwrite=overwrite):
         task = VQVAETask(config, training, dataset, path, where, seed)
         fit(task, training, Run(output_folder / "vqvae", seed, task.settings, resume))
         best, _ = load_vqvae(path, where)
-        return evaluate_vqvae(best, dataset.load_test().to(where), training)
+        figures = evaluate_vqvae(best, dataset.load_test().to(where), training)
+    if advice := advice_on_codebook(figures, config):
+        remark(advice)
+    return figures
+
+
+def advice_on_codebook(figures: dict[str, float], config: VQVAEConfig) -> str | None:
+    """What to change where the codes are hardly used, or None where they are.
+
+    A perplexity of 1 means that every position has the same code: the maps say nothing of the image.
+    """
+    num_codes, perplexity = config.num_codes, figures["perplexity"]
+    if perplexity >= max(1.5, HARDLY_USED * num_codes):
+        return None
+    change = "a smaller lr" if config.codebook_learning == "ema" else 'codebook_learning = "ema" in the recipe'
+    return (
+        f"the codebook is hardly used: {figures['codes_used']:.0f} of {num_codes} codes, as unevenly as "
+        f"{perplexity:.1f} codes used evenly. Try {change}, more epochs, or fewer codes."
+    )
 
 
 def summarise(figures: dict[str, float], num_codes: int) -> str:

@@ -86,10 +86,10 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, check
     Raises:
         InputError: there is no whole classifier checkpoint at `path`.
     """
-    header = checkpoint.read_header(path, "classifier")
 
-    def build() -> Classifier:
+    def build(header: checkpoint.Header) -> Classifier:
         info = from_dict(DatasetInfo, header.data)
         return Classifier(from_dict(ClassifierConfig, header.config), info.image_shape, info.num_classes)
 
-    return checkpoint.load(path, header, build).to(device).eval(), header
+    model, header = checkpoint.load(path, "classifier", build)
+    return model.to(device).eval(), header

@@ -193,7 +193,7 @@ def test_a_prior_beside_a_vqvae_with_one_other_codebook_value_is_refused_and_bot
     with torch.no_grad():
         pair.vqvae.quantizer.codebook[3, 2] += 1e-6
     other = save_model(tmp_path / "other.safetensors", pair.vqvae, "vqvae", pair.info)
-    with pytest.raises(InputError, match="expected the VQ-VAE that the prior at") as refusal:
+    with pytest.raises(InputError, match="expected the VQ-VAE that the prior was trained on") as refusal:
         load_prior(pair.files[1], pair.vqvae, other, CPU)
     for named in (str(pair.files[1]), other.fingerprint[:12], pair.vqvae_header.fingerprint[:12]):
         assert named in str(refusal.value)

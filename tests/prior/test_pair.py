@@ -210,7 +210,7 @@ def test_a_pair_is_loaded_from_two_files_or_by_default_from_the_shipped_weights(
     assert pair.origin == f"{files[0]} (your run) and {files[1]} (your run)"
     assert pair.info == make_info(IMAGE_SHAPE, 5)
     assert (pair.prior.training, pair.vqvae.training) == (False, False)
-    with pytest.raises(InputError, match="expected the VQ-VAE that the prior at"):
+    with pytest.raises(InputError, match="expected the VQ-VAE that the prior was trained on"):
         prior.load(files[0], SHIPPED / "prior.safetensors")
     monkeypatch.chdir(tmp_path)
     shipped = prior.load()

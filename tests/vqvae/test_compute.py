@@ -98,5 +98,5 @@ def test_memory_that_cannot_be_had_is_refused_by_the_name_of_the_argument() -> N
     with pytest.raises(InputError), memory_for("batch_size"):
         raise torch.OutOfMemoryError  # of CUDA
     require_memory(2**20, "num_samples", 7)
-    with pytest.raises(InputError, match=r"found 7, which needs 1.05e\+06; choose a smaller `num_"):
+    with pytest.raises(InputError, match=r"found 7, which needs 1048576; choose a smaller `num_"):
         require_memory(2**50, "num_samples", 7)

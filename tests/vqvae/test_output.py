@@ -13,12 +13,32 @@ IMAGES, OTHERS = make_split(3).images / 255, make_split(3, seed=1).images / 255
 ARRAYS = {"images": IMAGES, "reconstructions": OTHERS, "indices": torch.arange(147).reshape(3, 7, 7)}
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a", "png", "a.PNG"])
-def test_an_ending_other_than_png_and_npz_is_refused(name: str) -> None:
-    assert [check_output(Path(good)) for good in ("b/a.png", "a.b.npz")] == [Path("b/a.png"), Path("a.b.npz")]
-    message = rf"expected `output` to end in .png .* or .npz .*, found {name}; try `output={Path(name).stem}.png`"
-    with pytest.raises(InputError, match=message):
+TRY = {"a.jpg": "a.png", "a": "a.png", "png": "png.png", "b/a.PNG": "b/a.png", "b/c.d/a": "b/c.d/a.png"}
+TRY |= {"": "images.png", ".": "images.png", "b/..": "b/../images.png", ".png": ".png.png"}
+
+
+@pytest.mark.parametrize("name", TRY)
+def test_an_ending_other_than_png_and_npz_is_refused_and_the_name_to_try_is_accepted_and_in_the_same_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for good in ("b/a.png", "a.b.npz", TRY[name]):
+        assert check_output(Path(good)) == Path(good)
+    with pytest.raises(InputError, match=r"expected `output` to end in .png .* or .npz .*, found ") as refusal:
         check_output(Path(name))
+    assert str(refusal.value).endswith(f"found {Path(name)}; try `output={TRY[name]}`")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/dev/null", "file", "x" * 300, "b/" + "x" * 300])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_made(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "r-original.png").mkdir()
+    for output, options in ((tmp_path / folder / "r.png", {}), (tmp_path / "r.png", {"with_original": True})):
+        with pytest.raises(InputError, match=r"^expected to write .*; name a place that can be written$"):
+            check_output(output, **options)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "r-original.png"}
+    assert check_output(tmp_path / "r.png") == tmp_path / "r.png"
 
 
 def test_arrays_keep_their_names_values_and_types_and_a_picture_has_the_originals_beside_it(tmp_path: Path) -> None:

@@ -97,7 +97,11 @@ def split_validation(full: Split) -> tuple[Split, Split]:
 
     Args:
         full: at least VALIDATION_SHARE images, so that the validation split is not empty.
+    Raises:
+        InputError: there are fewer.
     """
+    if len(full.labels) < VALIDATION_SHARE:
+        raise InputError(f"expected at least {VALIDATION_SHARE} images to split, found {len(full.labels)}; add some")
     order = torch.randperm(len(full.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     num_validation = len(full.labels) // VALIDATION_SHARE
     validation, train = order[:num_validation], order[num_validation:]

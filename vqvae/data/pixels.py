@@ -7,7 +7,7 @@ the unit range, 0..1.
 import torch
 from torch import Tensor
 
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -49,8 +49,6 @@ def from_unit_range(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor
     if images.isnan().any():
         raise InputError("expected images with values in 0..1, found values that are NaN; remove them first")
     if not (images.min() >= 0 and images.max() <= 1):
-        raise InputError(
-            f"expected images with values in 0..1, found values from {images.min():g} to {images.max():g}; "
-            f"scale them to 0..1 first"
-        )
+        least, most = (plain(value) for value in (images.min().cpu().numpy(), images.max().cpu().numpy()))
+        raise InputError(f"expected images with values in 0..1, found values from {least} to {most}; scale them first")
     return images * 2 - 1

@@ -16,22 +16,22 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vqvae.errors import InputError
 from vqvae.storage.files import open_checked, write_atomically
+from vqvae.storage.tensors import TensorFile
 
 FORMAT_VERSION = 2
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}  # of the types that models have
 HEADER_TYPES = {
     "stage": str,
     "config": dict,
@@ -108,9 +108,49 @@ def read_header(path: Path, stage: str) -> Header:
         MissingFileError: there is no file.
         InputError: it is not a checkpoint, it is cut short, or it has another stage or format.
     """
-    with open_checked(path, f"a {stage} checkpoint", f"create one with `train_{stage}()`"):
-        with safe_open(path, framework="pt") as file:
-            fields = json.loads((file.metadata() or {})["header"])
+    with _open(path, stage) as (header, _):
+        return header
+
+
+def load(path: Path, stage: str, build: Callable[[Header], Model]) -> tuple[Model, Header]:
+    """The model that `build` makes from a checkpoint's header, with its weights, on the CPU; and the header.
+
+    Both come from one opening, so they belong together even if another file takes this one's place meanwhile. The model
+    is first built without memory. The names, shapes and types in the file are compared with it before any weights are
+    read, so a wrong header cannot make this function take a lot of memory.
+
+    Raises:
+        MissingFileError: there is no file.
+        InputError: it is not a checkpoint of the stage, `build` refuses the header, the weights fit neither it nor the
+            fingerprint, or some weights are not finite.
+    """
+    remedy = f"create it anew with `train_{stage}()`"
+    with _open(path, stage) as (header, file):
+        try:
+            with torch.device("meta"), _NoInitialisation():
+                model = build(header)
+        except InputError as error:
+            raise InputError(f"{error} (the {stage} checkpoint is {path})") from None
+        expected = model.state_dict()
+        tensors = file.read(expected)
+    description = {"config": header.config, "data": header.data}
+    if tensors.keys() != expected.keys() or fingerprint(description, tensors) != header.fingerprint:
+        raise InputError(
+            f"expected weights in {path} that match their header, found others; the file is damaged, {remedy}"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"expected finite weights in {path}, found {name} with values that are not; {remedy}")
+    model.load_state_dict(tensors, assign=True)
+    return model, header
+
+
+@contextmanager
+def _open(path: Path, stage: str) -> Iterator[tuple[Header, TensorFile]]:
+    """A stage's checkpoint, opened: its header, and its weights, which are not read yet."""
+    with open_checked(path, f"a {stage} checkpoint", f"create one with `train_{stage}()`") as opened:
+        file = TensorFile(opened)
+        fields = json.loads(file.metadata["header"])
         version = fields["format_version"]
         if type(version) is not int:
             raise TypeError("its header has no format version")
@@ -120,47 +160,11 @@ def read_header(path: Path, stage: str) -> Header:
                 f"train it anew with `train_{stage}()`"
             )
         header = _to_header(fields)
-    if header.stage != stage:
-        raise InputError(
-            f"expected a {stage} checkpoint at {path}, found one of stage {header.stage[:20]!r}; name another file"
-        )
-    return header
-
-
-def load(path: Path, header: Header, build: Callable[[], Model]) -> Model:
-    """The model that `build` makes, with the weights of a checkpoint, on the CPU.
-
-    The model is first built without memory. The names, shapes and types in the file are compared with it before any
-    weights are read, so a wrong header cannot make this function take a lot of memory.
-
-    Raises:
-        InputError: `build` refuses the configuration, the weights fit neither it nor the fingerprint, or some weights
-            are not finite.
-    """
-    remedy = f"create it anew with `train_{header.stage}()`"
-    try:
-        with torch.device("meta"), _NoInitialisation():
-            model = build()
-    except InputError as error:
-        raise InputError(f"expected a network's configuration in the header of {path}: {error}") from None
-    expected = {name: (SAFETENSORS_NAMES[t.dtype], list(t.shape)) for name, t in model.state_dict().items()}
-    tensors = {}
-    with open_checked(path, f"a {header.stage} checkpoint", remedy), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-        if found == expected:
-            # safetensors maps the file into memory. Without a copy, a later write to the file would change the weights.
-            tensors = {name: file.get_tensor(name).clone() for name in found}
-    description = {"config": header.config, "data": header.data}
-    if found != expected or fingerprint(description, tensors) != header.fingerprint:
-        raise InputError(
-            f"expected weights in {path} that match their header, found others; the file is damaged, {remedy}"
-        )
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"expected finite weights in {path}, found {name} with values that are not; {remedy}")
-    model.load_state_dict(tensors, assign=True)
-    return model
+        if header.stage != stage:
+            raise InputError(
+                f"expected a {stage} checkpoint at {path}, found one of stage {header.stage[:20]!r}; name another file"
+            )
+        yield header, file
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -194,7 +198,7 @@ def load_resume_state(path: Path) -> dict[str, Any]:
         MissingFileError: there is no file.
         InputError: the file is damaged, or it holds more than plain data and tensors.
     """
-    remedy = "start anew without `resume=True`, with `overwrite=True` if there is a run already"
+    remedy = "start anew with `overwrite=True` instead of `resume=True`"
     with open_checked(path, "a run to resume", remedy) as file, warnings.catch_warnings():
         _require_checksum(file)
         _require_uncompressed(file)

@@ -4,16 +4,17 @@ A write leaves either the old file or the new one, whatever interrupts it. A rea
 of one sentence.
 """
 
+import errno
 import io
 import os
 import pickle
 import stat
 import struct
-import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -43,6 +44,10 @@ MALFORMED = (
 )
 
 SCRATCH = ".partial"  # the suffix of a file that is still being written; a killed process leaves such a file behind
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some file systems
+NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # a name that leads to no file
+# A virus scanner, or another program that holds a file open, refuses a rename for a moment.
+RENAME_WAITS_S = (0.1, 0.2, 0.4, 0.6, 0.7)
 
 
 @contextmanager
@@ -72,6 +77,8 @@ def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
         found = f"a file that is cut short, damaged or of another kind ({_summary(error)})"
         if isinstance(error, OSError) and error.strerror:  # the operating system raised it, not a parser
             found = f"what can't be read: {error.strerror}"
+            if error.errno not in NO_FILE:
+                remedy = "make it readable"  # it may be whole, and the remedy could be to replace it
         raise InputError(f"expected {expected} at {path}, found {found}; {remedy}") from None
 
 
@@ -87,46 +94,84 @@ def read_at_most(file: IO[bytes], limit: int) -> bytes:
     return content
 
 
+@contextmanager
+def refusals(expected: str, remedy: str) -> Iterator[None]:
+    """Turn what the operating system refuses inside the `with` block into an `InputError`."""
+    try:
+        yield
+    except InputError:  # a ValueError
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the name holds a null character
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"{expected}: {reason or error}; {remedy}") from None
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be written. Nothing is made, and nothing stays.
+
+    A folder that does not exist yet is judged by the nearest existing one above it.
+
+    Raises:
+        InputError: no file can be written in it, or it is no folder.
+    """
+    with refusals(f"expected to write to {folder}", "name another `output_folder`"):
+        _try_to_write(_nearest_existing(Path(os.path.realpath(folder))))
+
+
+def require_writable_file(path: Path) -> None:
+    """Refuse a file that `write_atomically` could not write. Nothing is made, and nothing stays.
+
+    Raises:
+        InputError: something other than a file is there, or no file can be written in its folder.
+    """
+    with refusals(f"expected to write {path}", "name a place that can be written"):
+        target = _target(path)
+        nearest = _nearest_existing(target)
+        _try_to_write(nearest.parent if nearest == target else nearest)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, unless they exist.
 
     Raises:
         InputError: the folder cannot be made.
     """
-    try:
+    with refusals(f"expected to write to {path}", "name another folder"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"expected to write to {path}: {error.strerror}; name another folder") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file completely or not at all. If several processes run, only the main one writes.
 
-    The content goes to a scratch file in the same folder, which is flushed to disk and then renamed to `path`.
+    The content goes to a scratch file in the same folder, which is flushed to disk and then renamed to `path`. If
+    `path` is a link, the link stays and the file that it leads to is replaced. A new file has the mode that the umask
+    gives, and an old file keeps its mode.
 
     Raises:
-        InputError: the folder cannot be written or the disk is full. The old file at `path` is then unchanged.
+        InputError: the folder cannot be written, the disk is full, or something other than a file is at `path`. What
+            is at `path` is then unchanged.
     """
     if not is_main():
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SCRATCH)
+    with refusals(f"expected to write {path}", "name a place that can be written"):
+        target = _target(path)
+        for folder in (path.parent, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        # The name is cut because it may already be as long as the file system allows.
+        scratch = target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}{SCRATCH}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with scratch.open("xb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-            Path(scratch).chmod(0o644)  # mkstemp makes it 0600, which would hide the file from other users
-            Path(scratch).replace(path)
+                _flush_to_disk(file.fileno())
+            with suppress(OSError):  # there is no old file, or the file system has no modes
+                scratch.chmod(stat.S_IMODE(target.stat().st_mode))
+            _rename(scratch, target)
         except BaseException:
-            Path(scratch).unlink(missing_ok=True)
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
             raise
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise InputError(
-            f"expected to write {path}: {error.strerror or error}; name a place that can be written"
-        ) from None
+        _flush_folder(target.parent)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -151,12 +196,79 @@ def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder to disk, so that a rename in it survives a power failure."""
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def _target(path: Path) -> Path:
+    """The file that `path` leads to, if it is a link, or else `path`. It need not exist.
+
+    Raises:
+        OSError: it is something other than a file.
+    """
+    target = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        mode = target.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "It is a pipe or a device")
+    return target
+
+
+def _nearest_existing(path: Path) -> Path:
+    """A path, or the nearest one above it that exists.
+
+    Raises:
+        OSError: it is not to be reached, or a name in the rest of the path cannot exist there.
+    """
+    missing: list[str] = []
+    while True:
+        try:
+            path.stat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(path.name)
+            path = path.parent
+    for name in missing:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            (path / name).lstat()  # tells of a name that is too long
+    return path
+
+
+def _try_to_write(folder: Path) -> None:
+    """Write a file in a folder, and delete it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    scratch = folder / f".{os.urandom(8).hex()}{SCRATCH}"
+    try:
+        scratch.write_bytes(b"x")  # a full disk may still take an empty file
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def _flush_to_disk(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
+def _rename(scratch: Path, target: Path) -> None:
+    for wait_s in RENAME_WAITS_S:
+        try:
+            scratch.replace(target)
+            return
+        except PermissionError:
+            time.sleep(wait_s)
+    scratch.replace(target)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder to disk, so that a rename in it survives a power failure, where the system can."""
+    with suppress(OSError):  # Windows cannot open a folder, and some file systems cannot flush one
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from vqvae.errors import InputError
+from vqvae.errors import InputError, plain
 from vqvae.storage.files import open_checked, read_at_most
 from vqvae.storage.shipped import find_recipe
 
@@ -38,7 +38,17 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
         InputError: the file is not TOML, or it has a table that belongs to no stage.
     """
     with open_checked(find_recipe(path), "a TOML recipe", "name another, such as configs/mnist.toml") as file:
-        text = read_at_most(file, MAX_RECIPE).decode()
+        try:
+            text = read_at_most(file, MAX_RECIPE).decode(
+                "utf-8-sig"
+            )  # some editors begin a file with a byte-order mark
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text:  # as every second character of UTF-16 is
+            raise InputError(
+                f"expected a TOML recipe in UTF-8 at {path}, found a file of another kind or in another encoding, such "
+                f"as UTF-16; save it as UTF-8, or name another, such as configs/mnist.toml"
+            )
         try:
             recipe = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -46,10 +56,13 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
                 f"expected a TOML recipe at {path}, found text that is not TOML: {error}; correct it there"
             ) from None
     for table, content in recipe.items():
-        if table not in STAGES or not isinstance(content, dict):
+        if table not in STAGES:
             raise InputError(
                 f"{path}: expected the tables [vqvae] and [prior], found {_shown(table)}{_suggestion(table, STAGES)}"
             )
+        if not isinstance(content, dict):
+            found = f"a list, as [[{table}]] makes one" if isinstance(content, list) else f"{table} = {_shown(content)}"
+            raise InputError(f"{path}: expected a table [{table}], found {found}; write [{table}], and its keys below")
     return {FORMER_NAMES.get(key, key): value for key, value in recipe.get(stage, {}).items()}
 
 
@@ -109,7 +122,9 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         InputError: it does not; the message names the setting.
     """
     if not low <= value <= high:  # so that NaN is refused too
-        raise InputError(f"expected `{name}` between {low:g} and {high:g}, found {value:g}; set it within that range")
+        raise InputError(
+            f"expected `{name}` between {low:g} and {high:g}, found {plain(value)}; set it within that range"
+        )
 
 
 def _field_types(cls: type) -> dict[str, Any]:

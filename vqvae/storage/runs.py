@@ -1,19 +1,24 @@
 """Where trained weights lie: the user's runs in `checkpoints/<name>/`, and the shipped weights beside them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from vqvae.console import remark
 from vqvae.distributed import is_main
-from vqvae.errors import InputError, MissingFileError
-from vqvae.storage.checkpoint import read_header
-from vqvae.storage.files import SCRATCH
+from vqvae.errors import InputError, MissingFileError, printable
+from vqvae.storage.checkpoint import Header, read_header
+from vqvae.storage.files import NOT_SUPPORTED, SCRATCH, refusals, require_writable, require_writable_file
 from vqvae.storage.shipped import SHIPPED
 
 RUNS = Path("checkpoints")
+LOGS = ("events.out.tfevents*", "metrics.jsonl")  # in a run's folder; without the rest they are somebody's all the same
+MAX_LISTED = 6  # files in a message
 
 
 def weights_file(folder: Path, stage: str) -> Path:
@@ -28,6 +33,8 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     The operating system frees the lock when the process ends, however it ends. If several processes train together,
     the main one holds the lock for all of them.
 
+    All that can be refused is refused before anything is made or deleted.
+
     Args:
         overwrite: allow a run where there is one already. Nothing is deleted: new saves replace the old files.
     Raises:
@@ -38,77 +45,79 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     if not is_main():
         yield
         return
-    resume_file = output_folder / stage / "resume.pt"
+    folder = output_folder / stage
+    with refusals(f"expected to write to {output_folder}", "name another `output_folder`"):
+        _require_free(output_folder, stage, resume, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        _acquire(lock, output_folder, stage)
     try:
-        _require_free(output_folder, stage, resume_file, resume, overwrite)
-        (output_folder / stage).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output_folder / stage / ".lock", timeout=0)
-        lock.acquire()
-    except InputError:  # a missing file is an OSError too
-        raise
-    except Timeout:
-        raise InputError(
-            f"expected nobody else at work in {output_folder}, found a {stage} run that goes on; wait for its end, or "
-            f"name another `output_folder`"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"expected to write to {output_folder}: {error.strerror}; name another `output_folder`"
-        ) from None
-    try:
-        for left in [*output_folder.glob(f".{stage}.*{SCRATCH}"), *(output_folder / stage).glob(f".*{SCRATCH}")]:
-            left.unlink(missing_ok=True)  # a process that was killed while it wrote left this file
+        with suppress(OSError):
+            for left in [*output_folder.glob(f".{stage}.*{SCRATCH}"), *folder.glob(f".*{SCRATCH}")]:
+                left.unlink()  # a process that was killed while it wrote left this file
         yield
     finally:
-        lock.release()
+        with suppress(OSError):
+            lock.release()
 
 
 def find_vqvae(given: Path | None) -> Path:
     """The given VQ-VAE checkpoint, or else the user's newest, or else the shipped one."""
-    return given or _newest_first("vqvae")[0]
+    return given or _newest("vqvae")
 
 
 def find_classifier(given: Path | None) -> Path:
     """The given classifier checkpoint, or else the user's newest, or else the shipped one."""
-    return given or _newest_first("classifier")[0]
+    return given or _newest("classifier")
 
 
 def find_pair(vqvae: Path | None, prior: Path | None) -> tuple[Path, Path]:
     """The newest prior and the VQ-VAE that it was trained on. The user's come before the shipped ones.
 
-    If one of the two is given, only its partner is looked for. If both are given, they are returned as they are.
+    If one of the two is given, only its partner is looked for. If both are given, they are returned as they are. No
+    header is read twice, and none that is not needed.
 
     Raises:
         InputError: no prior and VQ-VAE belong together, or a given file is damaged.
     """
     if vqvae and prior:
         return vqvae, prior
-    priors = [prior] if prior else _newest_first("prior")
-    vqvaes = [vqvae] if vqvae else _newest_first("vqvae")
-    for candidate in priors:
-        wanted = read_header(candidate, "prior").vqvae_fingerprint
-        for partner in vqvaes:
-            if read_header(partner, "vqvae").fingerprint == wanted:
-                return partner, candidate
+    priors = iter([(prior, read_header(prior, "prior"))] if prior else _readable("prior"))
+    vqvaes = iter([(vqvae, read_header(vqvae, "vqvae"))] if vqvae else _readable("vqvae"))
+    known: dict[str | None, Path] = {}  # the VQ-VAEs that were looked at so far, by their fingerprints
+    tried = []
+    for candidate, header in priors:
+        wanted = header.vqvae_fingerprint
+        while wanted not in known and (following := next(vqvaes, None)):
+            known.setdefault(following[1].fingerprint, following[0])  # the newest, if some are equal
+        if wanted in known:
+            return known[wanted], candidate
+        tried.append(candidate)
+    if not tried:
+        raise MissingFileError("expected a prior and its VQ-VAE, found none; create one with `train_prior()`")
+    given = f", given `vqvae={str(next(iter(known.values())))!r}`" if known else ""
     raise InputError(
         f"expected a prior and its VQ-VAE, found no two that belong together among "
-        f"{', '.join(map(str, [*vqvaes, *priors]))}; train one with `train_prior()`, given `vqvae={str(vqvaes[0])!r}`"
+        f"{_listed([*known.values(), *tried])}; train one with `train_prior()`{given}"
     )
 
 
 def is_shipped(path: Path) -> bool:
     """Whether a checkpoint is one of the shipped weights."""
-    return path.resolve().parent == SHIPPED.resolve()
+    return Path(os.path.realpath(path)).parent == Path(os.path.realpath(SHIPPED))
 
 
 def relative(path: Path) -> Path:
     """The path as seen from the current folder, if it lies there."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    with suppress(OSError, ValueError):  # the current folder is gone, or the path does not lie in it
+        return path.relative_to(Path.cwd())
+    return path
 
 
 def describe(path: Path) -> str:
     """A checkpoint's path and its owner, for people."""
-    return f"{relative(path.resolve())} ({'the shipped weights' if is_shipped(path) else 'your run'})"
+    owner = "the shipped weights" if is_shipped(path) else "your run"
+    return f"{printable(str(relative(Path(os.path.realpath(path)))))} ({owner})"
 
 
 def folder_for(recipe: Path, vqvae: Path | None = None) -> Path:
@@ -124,38 +133,95 @@ def folder_for(recipe: Path, vqvae: Path | None = None) -> Path:
     return RUNS / recipe.stem
 
 
-def _require_free(output_folder: Path, stage: str, resume_file: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a run that would destroy another one, and a run to resume that is not there."""
+def _require_free(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> None:
+    """Refuse a run that would destroy another one, a run to resume that is not there, and a place for no run."""
     if resume and overwrite:
         raise InputError("expected `resume=True` or `overwrite=True`, found both; choose one of them")
-    if output_folder.resolve() == SHIPPED.resolve():
+    folder, weights = output_folder / stage, weights_file(output_folder, stage)
+    resume_file = folder / "resume.pt"
+    for place in (output_folder, folder):
+        require_writable(place)
+    if is_shipped(weights):
         raise InputError(
             f"expected an `output_folder` of your own, found {output_folder}, which holds the shipped weights; name "
             f"another"
         )
-    if resume and not resume_file.exists():
+    for file in (weights, resume_file):
+        require_writable_file(file)
+    logs = (log for pattern in LOGS for log in folder.glob(pattern))
+    found = [*(file for file in (resume_file, weights) if file.exists()), *islice(logs, 1)]
+    if resume and resume_file not in found:
+        if found:
+            raise MissingFileError(
+                f"expected a run to resume at {resume_file}, found none, but {found[0]}; start anew with "
+                f"`overwrite=True` instead of `resume=True`, or name another `output_folder`"
+            )
         raise MissingFileError(
             f"expected a run to resume at {resume_file}, found none; start one without `resume=True`"
         )
-    if not (resume or overwrite) and (weights_file(output_folder, stage).exists() or resume_file.exists()):
+    if found and not (resume or overwrite):
+        go_on = "go on with it with `resume=True`, " if resume_file in found else ""
         raise InputError(
-            f"expected no {stage} run in {output_folder}, found one; go on with it with `resume=True`, replace it with "
-            f"`overwrite=True`, or name another `output_folder`"
+            f"expected no {stage} run in {output_folder}, found one ({found[0].relative_to(output_folder)}); {go_on}"
+            f"replace it with `overwrite=True`, or name another `output_folder`"
         )
 
 
-def _newest_first(stage: str) -> list[Path]:
-    """A stage's checkpoints: the user's, the newest first, and the shipped one at the end.
+def _acquire(lock: BaseFileLock, output_folder: Path, stage: str) -> None:
+    """Take the lock of a run. Where the file system has no locks, a remark stands for it."""
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"expected nobody else at work in {output_folder}, found a {stage} run that goes on; wait for its end, or "
+            f"name another `output_folder`"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NOT_SUPPORTED:
+            raise
+        remark(f"{printable(str(output_folder))} cannot be locked; see that no other process trains there")
 
-    A file of the user's that cannot be read is left out, so that it does not stand in the way of the others.
-    """
-    found = []
-    for path in RUNS.glob(f"*/{stage}.safetensors"):
-        if is_shipped(path):
-            continue
+
+def _newest(stage: str) -> Path:
+    """The user's newest readable checkpoint of a stage, or else the shipped one, whether that can be read or not."""
+    return next((path for path, _ in _readable(stage)), weights_file(SHIPPED, stage))
+
+
+def _readable(stage: str) -> Iterator[tuple[Path, Header]]:
+    """A stage's checkpoints: the user's, the newest first, and the shipped one at the end. Each is read when its turn
+    comes. One that cannot be read is left out, so that it does not stand in the way of the others."""
+    for path in [*_own(stage), weights_file(SHIPPED, stage)]:
         try:
-            read_header(path, stage)
+            header = read_header(path, stage)
+        except MissingFileError:  # it has just vanished, or nothing was shipped
+            continue
+        except InputError:
+            remark(f"left out {printable(str(path))}, which cannot be read as a {stage} checkpoint of this version")
+            continue
+        yield path, header
+
+
+def _own(stage: str) -> list[Path]:
+    """The user's checkpoints of a stage, the newest first. None of them is opened."""
+    found = []
+    try:
+        paths = [weights_file(folder, stage) for folder in RUNS.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        remark(f"left out the folder {RUNS}, which cannot be read: {error.strerror}")
+        return []
+    for path in paths:
+        try:
             found.append((path.stat().st_mtime, path))
-        except (InputError, OSError):
-            remark(f"left out {path}, which cannot be read as a {stage} checkpoint of this version")
-    return [*(path for _, path in sorted(found, reverse=True)), weights_file(SHIPPED, stage)]
+        except (FileNotFoundError, NotADirectoryError):  # a run of another stage, or no run
+            continue
+        except OSError as error:
+            remark(f"left out {printable(str(path))}, which cannot be read: {error.strerror}")
+    return [path for _, path in sorted(found, reverse=True) if not is_shipped(path)]
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    """The first few paths, for a message."""
+    shown = ", ".join(map(str, paths[:MAX_LISTED]))
+    return shown if len(paths) <= MAX_LISTED else f"{shown} and {len(paths) - MAX_LISTED} more"

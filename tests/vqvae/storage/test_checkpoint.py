@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import pickle
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from tests.helpers import devices
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage import checkpoint
-from vqvae.storage.checkpoint import Header, fingerprint, load, load_resume_state, read_header, save_resume_state
+from vqvae.storage.checkpoint import Header, fingerprint, load_resume_state, read_header, save_resume_state
 from vqvae.storage.recipe import require_range
 
 CONFIG, DATA = {"width": 3, "kind": "plain"}, {"name": "made", "image_shape": (1, 5, 5)}
@@ -28,6 +29,10 @@ def build() -> nn.Module:
     model.register_buffer("codebook", torch.randn(8, 4))
     model.register_buffer("initialised", torch.tensor(True))
     return model
+
+
+def load(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, Header]:
+    return checkpoint.load(path, "vqvae", lambda header: model or build())
 
 
 def save(path: Path, model: nn.Module | None = None, **changes: Any) -> Header:
@@ -67,11 +72,35 @@ def test_weights_and_header_are_read_back_on_the_cpu_as_they_were(tmp_path: Path
     assert save(tmp_path / "by columns", build().to(memory_format=torch.channels_last)).vqvae_fingerprint is None
     save(tmp_path / "by columns", build().to(memory_format=torch.channels_last), vqvae_fingerprint="f" * 64)
     assert (tmp_path / "by columns").read_bytes() == path.read_bytes()  # the layout in memory does not matter
-    loaded = load(path, header, build)
+    loaded, found = load(path)
+    assert found == header
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     with path.open("r+b") as file:  # what was loaded does not change with the file
         file.write(bytes(path.stat().st_size))
     assert_same_tensors(loaded.state_dict(), build().state_dict())
+
+
+@pytest.mark.parametrize("name", [b"other", "größer".encode(), b"caf\xe9", b"a\nb"])
+def test_header_and_weights_come_from_one_file_whatever_its_name_and_whatever_takes_its_place(
+    tmp_path: Path, name: bytes
+) -> None:
+    path, second, later = tmp_path / os.fsdecode(name), tmp_path / "second", build()
+    with torch.no_grad():
+        later.codebook.add_(1)
+    first = save(path)
+    save(second, later, metrics={"error": 0.125})
+
+    def build_late(header: Header) -> nn.Module:
+        second.replace(path)  # another run makes its save now
+        return build()
+
+    model, header = checkpoint.load(path, "vqvae", build_late)
+    assert header == first
+    assert_same_tensors(model.state_dict(), build().state_dict())
+    assert_same_tensors(load(path)[0].state_dict(), later.state_dict())
+    with pytest.raises(InputError, match="expected a prior checkpoint at ") as refusal:
+        read_header(path, "prior")
+    assert str(refusal.value).isprintable()
 
 
 def test_one_changed_codebook_value_or_data_fact_changes_the_fingerprint(tmp_path: Path) -> None:
@@ -84,8 +113,11 @@ def test_one_changed_codebook_value_or_data_fact_changes_the_fingerprint(tmp_pat
     header = save(path)
     assert header.fingerprint == before
     for changes in ({"config": {**CONFIG, "width": 4}}, {"data": {**header.data, "name": "other"}}):
+        fields = asdict(replace(header, **changes))
+        text = json.dumps({**fields, "checksum": hashlib.sha256(json.dumps(fields).encode()).hexdigest()})
+        save_file(build().state_dict(), path, metadata={"header": text})
         with pytest.raises(InputError, match=r"expected weights in .*weights that match their header, found others"):
-            load(path, replace(header, **changes), build)
+            load(path)
 
 
 def test_the_fingerprint_depends_on_description_names_shapes_and_types() -> None:
@@ -105,7 +137,7 @@ def test_a_missing_file_and_one_of_another_stage_are_told_with_a_remedy(tmp_path
     message = r"^expected a prior checkpoint at .*/none, found none; create one with `train_prior\(\)`$"
     with pytest.raises(MissingFileError, match=message):
         read_header(tmp_path / "none", "prior")
-    message = r"^expected a run to resume at .*/none, found none; start anew without `resume=True`, with `overwrite"
+    message = r"^expected a run to resume at .*/none, found none; start anew with `overwrite=True` instead of `resume"
     with pytest.raises(MissingFileError, match=message):
         load_resume_state(tmp_path / "none")
 
@@ -148,25 +180,26 @@ def test_weights_that_do_not_fit_or_are_not_finite_and_a_configuration_that_is_r
         other = build()
         other.codebook = codebook
         for saved, expected in ((build(), other), (other, build())):
-            header = save(path, saved)
+            save(path, saved)
             with pytest.raises(InputError, match=message):
-                load(path, header, lambda model=expected: model)
-    message = r"^expected a network's configuration in the header of .*weights: expected `width` between 4"
-    with pytest.raises(InputError, match=message):
-        load(path, save(path), lambda: require_range("width", 3, 4, 9))
+                load(path, expected)
+    save(path)
+    with pytest.raises(InputError, match=r"^expected `width` between 4 .* \(the vqvae checkpoint is .*/weights\)$"):
+        checkpoint.load(path, "vqvae", lambda header: require_range("width", header.config["width"], 4, 9))
     for value in (float("nan"), float("inf")):
         model.codebook[7, 3] = value
+        save(path, model)
         with pytest.raises(InputError, match=r"expected finite weights in .*weights, found codebook with values that"):
-            load(path, save(path, model), build)
+            load(path)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "old torch"])
 def test_a_file_with_a_pickled_payload_is_refused_and_nothing_in_it_runs(tmp_path: Path, kind: str) -> None:
     path, mark = tmp_path / "file", tmp_path / "mark"
-    content, header = {"model": Payload(mark), "step": 1}, Header("vqvae", {}, {}, {}, {}, "")
+    content = {"model": Payload(mark), "step": 1}
     torch.save(content, path, _use_new_zipfile_serialization=kind == "torch")
     path.write_bytes(pickle.dumps(content) if kind == "pickle" else sealed(path.read_bytes()))
-    for read in (load_resume_state, lambda path: read_header(path, "vqvae"), lambda path: load(path, header, build)):
+    for read in (load_resume_state, lambda path: read_header(path, "vqvae"), load):
         with pytest.raises(InputError, match="found a file that is cut short, damaged or of another kind"):
             read(path)
     assert not mark.exists()

@@ -15,7 +15,16 @@ from safetensors import SafetensorError
 
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage import files
-from vqvae.storage.files import SCRATCH, make_folder, open_checked, read_at_most, write_arrays, write_atomically
+from vqvae.storage.files import (
+    SCRATCH,
+    make_folder,
+    open_checked,
+    read_at_most,
+    require_writable,
+    require_writable_file,
+    write_arrays,
+    write_atomically,
+)
 
 Patch = pytest.MonkeyPatch
 OLD, NEW = b"the last good file", b"n" * 100_000
@@ -42,14 +51,13 @@ def test_a_file_and_its_folders_are_made_by_the_main_process_alone(tmp_path: Pat
     for content in (NEW, b""):
         write_atomically(path, content)
         assert path.read_bytes() == content
-    assert path.stat().st_mode & 0o777 == 0o644  # other users may read it
     monkeypatch.setattr(files, "is_main", lambda: False)
     write_atomically(path, NEW)
     assert path.read_bytes() == b""
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("moment", ["fdopen", "fsync", "replace"])
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
 def test_a_write_that_breaks_off_leaves_what_was_there(
     path: Path, monkeypatch: Patch, moment: str, error: BaseException
@@ -57,9 +65,6 @@ def test_a_write_that_breaks_off_leaves_what_was_there(
     def fail(*arguments: object) -> None:
         assert path.read_bytes() == OLD  # what a kill would leave: the old file, and a scratch file beside it
         assert len([*path.parent.glob(f".*file*{SCRATCH}")]) == 1
-        if moment == "fdopen":  # half of the content is on disk
-            os.write(arguments[0], NEW[: len(NEW) // 2])
-            os.close(arguments[0])
         raise error
 
     monkeypatch.setattr(Path if moment == "replace" else os, moment, fail)
@@ -84,22 +89,117 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after(path: Path, m
     assert flushed == [(path.stat().st_ino, len(short), False), (path.parent.stat().st_ino, None, True)]
 
 
-@pytest.mark.parametrize("reason", ["File too large", "File name too long", "Not a directory|File exists"])
-def test_what_the_operating_system_refuses_is_told_in_a_sentence(path: Path, reason: str) -> None:
-    targets = {"File too large": path, "File name too long": path.with_name("x" * 300)}
-    target, limit = targets.get(reason, path / "file"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(NEW) // 2, limit[1]))  # a write ends in its middle
+def test_a_write_ends_in_its_middle(path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(NEW) // 2, limit[1]))
     try:
-        with pytest.raises(InputError, match=f"^expected to write {target}: ({reason}); name a place that can be wri"):
-            write_atomically(target, NEW)
+        with pytest.raises(
+            InputError, match=f"^expected to write {path}: File too large; name a place that can be wri"
+        ):
+            write_atomically(path, NEW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert_unchanged(path)
+
+
+# Where nothing can be written, as seen from the folder of a file, and why. Root is refused too.
+FILES = {"x" * 300: "File name too long", "new/" + "x" * 300: "File name too long", "a/" * 3000: "File name too long"}
+FILES |= {"file.bin/x": "Not a directory|File exists", "\0": "embedded null byte", "a\0b/c": "embedded null byte"}
+FILES |= {"/proc/x": ".+", "/proc/new/x": ".+", "loop/x": "Too many levels of symbolic links"}
+NOT_FILES = {"": "Is a directory", "/": "Is a directory", "/dev/null": "It is a pipe or a device"}
+NOT_FILES |= {"pipe": "It is a pipe or a device", "link to a device": "It is a pipe or a device", "loop": "Too many.*"}
+
+
+@pytest.mark.parametrize("name", [*FILES, *NOT_FILES], ids=lambda name: name[:20])
+def test_what_cannot_be_written_is_told_in_a_sentence_and_before_anything_is_made(path: Path, name: str) -> None:
+    (path.parent / "loop").symlink_to("loop")
+    (path.parent / "link to a device").symlink_to("/dev/null")
+    os.mkfifo(path.parent / "pipe")
+    before, target = sorted(path.parent.rglob("*")), path.parent / name
+    file_is_refused = rf"^expected to write .*: ({(FILES | NOT_FILES)[name]}); name a place that can be written$"
+    folder_is_refused = rf"^expected to write to .*: ({FILES.get(name)}); name another (folder|`output_folder`)$"
+    with pytest.raises(InputError, match=file_is_refused):
+        require_writable_file(target)
+    if name in FILES:
+        with pytest.raises(InputError, match=folder_is_refused):
+            require_writable(target)
+        with pytest.raises(InputError, match=folder_is_refused):
+            make_folder(target)
+    with pytest.raises(InputError, match=file_is_refused):
+        write_atomically(target, NEW)
+    assert [left for left in sorted(path.parent.rglob("*")) if left.name != "new"] == before
+    assert path.read_bytes() == OLD
+
+
+def test_a_place_that_can_be_written_is_tried_and_left_as_it_was(path: Path) -> None:
+    longest = "x" * 255
+    for folder in (path.parent, path.parent / "a" / "b", path.parent / longest):
+        require_writable(folder)
+        require_writable_file(folder / "new")
+    require_writable_file(path)
+    assert_unchanged(path)
+    write_atomically(path.with_name(longest), NEW)
     for _ in range(2):
         make_folder(path.parent / "a" / "b")
     assert (path.parent / "a" / "b").is_dir()
-    with pytest.raises(InputError, match=f"expected to write to {path}/b: .+; name another folder"):
-        make_folder(path / "b")
+
+
+def test_the_mode_is_the_umasks_or_the_old_files_and_a_link_is_written_through(path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        write_atomically(path.with_name("new"), NEW)
+        path.chmod(0o604)
+        (path.parent / "link").symlink_to("file.bin")
+        (path.parent / "link to nothing yet").symlink_to("there/new")
+        write_atomically(path.parent / "link", NEW)
+        write_atomically(path.parent / "link to nothing yet", NEW)
+    finally:
+        os.umask(umask)
+    assert (path.parent / "link").readlink() == Path("file.bin")
+    assert (path.parent / "there" / "new").read_bytes() == path.read_bytes() == NEW
+    assert [file.stat().st_mode & 0o777 for file in (path, path.with_name("new"))] == [0o604, 0o640]
+
+
+def refuse(patch: Patch, module: object, name: str, code: int, times: int = 10**6) -> None:
+    """Let a function of the operating system refuse, the first few times that it is called."""
+    real, refusals = getattr(module, name), iter(range(times))
+
+    def call(*arguments: object, **options: object) -> object:
+        if next(refusals, None) is None:
+            return real(*arguments, **options)
+        raise OSError(code, os.strerror(code))
+
+    patch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "code", "times"),
+    [(Path, "chmod", code, 99) for code in (errno.EPERM, errno.ENOTSUP, errno.EIO)]
+    + [(os, "fsync", code, 99) for code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)]
+    + [(os, "open", code, 99) for code in (errno.EACCES, errno.EINVAL)]  # of the folder, to flush it
+    + [(Path, "replace", code, times) for code in (errno.EACCES, errno.EPERM) for times in (1, 3)],
+)
+def test_what_some_file_systems_refuse_stops_no_write(
+    path: Path, monkeypatch: Patch, module: object, name: str, code: int, times: int
+) -> None:
+    monkeypatch.setattr(files, "RENAME_WAITS_S", (0.0, 0.0, 0.0))
+    refuse(monkeypatch, module, name, code, times)
+    write_atomically(path, NEW)
+    assert path.read_bytes() == NEW
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_is_an_error_and_so_is_a_rename_that_is_refused_for_long(
+    path: Path, monkeypatch: Patch, code: int
+) -> None:
+    monkeypatch.setattr(files, "RENAME_WAITS_S", (0.0, 0.0))
+    for module, name, why in ((os, "fsync", code), (Path, "replace", errno.EACCES)):
+        with monkeypatch.context() as patch:
+            refuse(patch, module, name, why)
+            with pytest.raises(InputError, match=f": {os.strerror(why)}; name a place"):
+                write_atomically(path, NEW)
+        assert_unchanged(path)
 
 
 def test_arrays_are_read_back_as_they_were(path: Path) -> None:
@@ -147,6 +247,13 @@ def test_a_parsers_text_cannot_fill_or_control_the_terminal(path: Path) -> None:
         with pytest.raises(InputError) as raised, open_checked(path, "a note", "write one"):
             raise ValueError(text)
         assert str(raised.value).endswith(f"of another kind (ValueError{shown[text]}); write one")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_is_never_to_be_replaced(path: Path, monkeypatch: Patch, code: int) -> None:
+    refuse(monkeypatch, os, "open", code)
+    with pytest.raises(InputError, match=f"found what can't be read: {os.strerror(code)}; make it readable$"):
+        open_checked(path, "a run to resume", "start anew").__enter__()
 
 
 def test_no_more_is_read_than_the_limit() -> None:

@@ -14,6 +14,7 @@ from vqvae.storage.recipe import MAX_RECIPE, from_dict, read_recipe, require_ran
 from vqvae.train import VQVAETraining
 
 VQVAE, PRIOR = (VQVAEConfig, VQVAETraining), (PriorConfig, PriorTraining)
+UTF = ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
 INFO = {"name": "made", "image_shape": [3, 8, 12], "class_names": ["a", "b"], "class_counts": [4, 5]}
 
 
@@ -82,8 +83,8 @@ def test_what_does_not_fit_a_field_is_refused_by_its_name(values: dict[str, Any]
 def test_both_ends_of_a_range_are_allowed_and_nothing_beyond() -> None:
     for value in (1, 1.5, 100):
         require_range("num_epochs", value, 1, 100)
-    for value in (0, 0.999, 101, -1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=f"expected `num_epochs` between 1 and 100, found {value:g}; set it"):
+    for value in (0, 0.999, 0.9999999999, 100.0000001, 101, -1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"expected `num_epochs` between 1 and 100, found {value}; set it"):
             require_range("num_epochs", value, 1, 100)
 
 
@@ -93,6 +94,8 @@ def test_a_recipe_has_a_table_for_each_stage_which_may_use_former_names(tmp_path
     new = {"code_dim": 4, "num_codes": 8, "clipped_loss": True, "prediction_weight": 0.5, "lr": 2e-3}
     assert read_recipe(path, "vqvae") == new
     assert read_recipe(path, "prior") == {}
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte-order mark
+    assert read_recipe(path, "vqvae") == new
     resolve(VQVAE, new, {})
 
 
@@ -101,12 +104,20 @@ def test_a_recipe_has_a_table_for_each_stage_which_may_use_former_names(tmp_path
     [
         (b"[vqvea]\nk = 8", r"recipe.toml: expected the tables \[vqvae\] and \[prior\], found 'vqvea'; did you mean"),
         (b"k = 8", r"recipe.toml: expected the tables \[vqvae\] and \[prior\], found 'k'"),
-        (b"vqvae = 8", r"recipe.toml: expected the tables \[vqvae\] and \[prior\], found 'vqvae'"),
+        (b"vqvae = 8", r"recipe.toml: expected a table \[vqvae\], found vqvae = 8; write \[vqvae\], and its"),
+        (b"[[prior]]\nlr = 1", r"expected a table \[prior\], found a list, as \[\[prior\]\] makes one; write"),
+        (b"vqvae = []", r"expected a table \[vqvae\], found a list"),
+        (b"[vqvae]\n[vqvae]", r"found text that is not TOML: .*vqvae.* twice"),
+        *(("[vqvae]\nk = 8".encode(name), "recipe in UTF-8 at .*, found .* UTF-16; save it as UTF-8") for name in UTF),
+        ("# größer".encode("latin-1"), "recipe in UTF-8 at .* in another encoding, .*; save it as UTF-8"),
         (b"[vqvae\nk = 8", r"expected a TOML recipe at .*, found text that is not TOML: .*line 1.*; correct it there$"),
-        (b"\x89PNG\xff\xfe", r"expected a TOML recipe at .*/recipe.toml, found .* another kind .*configs/mnist.toml"),
+        (
+            b"\x89PNG\xff\xfe",
+            r"expected a TOML recipe in UTF-8 at .*, found a file of another kind .*configs/mnist.toml",
+        ),
         (b"#" * (MAX_RECIPE + 1), "found a file that is .* of another kind .*longer than 16384 bytes"),
     ],
-    ids=range(6),
+    ids=range(14),
 )
 def test_a_recipe_that_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "recipe.toml").write_bytes(text)

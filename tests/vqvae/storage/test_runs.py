@@ -1,6 +1,8 @@
+import errno
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -44,26 +46,38 @@ def put(*paths: Path) -> None:
         path.write_bytes(b"x")
 
 
-@pytest.mark.parametrize("left", [MINE / "vqvae.safetensors", RESUME_FILE])
-def test_a_run_is_only_replaced_or_resumed_on_request(left: Path) -> None:
+LOGS = [MINE / "vqvae" / name for name in ("events.out.tfevents.1.somebody", "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("left", [MINE / "vqvae.safetensors", RESUME_FILE, *LOGS], ids=lambda path: path.name)
+def test_a_run_is_only_replaced_or_resumed_on_request_and_no_message_leads_in_a_circle(left: Path) -> None:
     put(left)
-    with pytest.raises(InputError, match=r"no vqvae run in .*/mine, found one; .*`resume=True`.*`overwrite=True`"):
+    with pytest.raises(InputError, match=rf"no vqvae run in .*/mine, found one \(.*{left.name}\); ") as refusal:
         take()
+    assert "replace it with `overwrite=True`" in str(refusal.value)
+    assert ("go on with it with `resume=True`" in str(refusal.value)) == (left == RESUME_FILE)
     if left == RESUME_FILE:
         take(resume=True)
     else:
-        with pytest.raises(MissingFileError, match=f"a run to resume at {RESUME_FILE}, found none; start one without"):
+        message = f"a run to resume at {RESUME_FILE}, found none, but {left}; start anew with `overwrite=True`"
+        with pytest.raises(MissingFileError, match=message):
             take(resume=True)
     take(stage="prior")  # the other stage may be trained beside it
-    assert left.exists()
+    assert left.read_bytes() == b"x"
     take(overwrite=True)
-    assert left.exists()  # the new run's first save replaces it, and nothing is deleted before
+    assert left.read_bytes() == b"x"  # the new run's first save replaces it, and nothing is deleted before
+
+
+def test_where_nothing_is_there_is_nothing_to_resume_and_nothing_is_made() -> None:
+    with pytest.raises(MissingFileError, match=f"a run to resume at {RESUME_FILE}, found none; start one without"):
+        take(resume=True)
+    assert not runs.RUNS.exists()
 
 
 def test_a_run_that_is_refused_deletes_nothing_and_one_that_starts_what_was_left_half_written(workplace: Path) -> None:
     put(RESUME_FILE, SCRATCH_FILE, MINE / ".vqvae.safetensors.x.partial")
     put(SHIPPED / "vqvae/resume.pt", SHIPPED / ".vqvae.safetensors.x.partial")
-    before = sorted(workplace.rglob("*"))
+    before = sorted((path, path.stat().st_ctime_ns * path.is_file()) for path in workplace.rglob("*"))
     with pytest.raises(InputError, match=r"expected `resume=True` or `overwrite=True`, found both; choose one of them"):
         take(resume=True, overwrite=True)
     with pytest.raises(InputError, match="expected no vqvae run"):
@@ -75,7 +89,7 @@ def test_a_run_that_is_refused_deletes_nothing_and_one_that_starts_what_was_left
     for folder in (RESUME_FILE / "run", Path("x" * 300)):  # they cannot be made
         with pytest.raises(InputError, match=f"expected to write to {folder}: .+; name another `output_folder`"):
             take(folder)
-    assert sorted(workplace.rglob("*")) == before
+    assert sorted((path, path.stat().st_ctime_ns * path.is_file()) for path in workplace.rglob("*")) == before
     put(other := MINE / ".prior.safetensors.x.partial")  # another process is writing the prior
     take(resume=True)
     left = (RESUME_FILE, other, SCRATCH_FILE, MINE / ".vqvae.safetensors.x.partial")
@@ -97,6 +111,30 @@ def test_a_folder_is_free_again_when_its_run_ends_and_not_before(monkeypatch: py
     with pytest.raises(ZeroDivisionError), run_lock(MINE, "vqvae", resume=True, overwrite=False):
         _ = 1 / 0
     take(resume=True)
+
+
+@pytest.mark.parametrize("name", ["vqvae.safetensors", "vqvae/resume.pt", "vqvae/.lock"])
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_what_is_no_file_where_a_run_keeps_one_is_told_in_a_sentence(name: str, options: dict[str, bool]) -> None:
+    put(RESUME_FILE)
+    (MINE / name).unlink(missing_ok=True)
+    (MINE / name).mkdir()
+    with pytest.raises(InputError, match=r"expected (to write|no vqvae run) .*mine.*; .*$") as refusal:
+        take(**options)
+    assert ("Is a directory" in str(refusal.value)) or (name, options) == ("vqvae/.lock", {})
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "x"), OSError(errno.EIO, "bad disk")])
+def test_a_file_system_without_locks_costs_a_remark(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs.FileLock, "acquire", Mock(side_effect=error))
+    if "bad disk" in str(error):
+        with pytest.raises(InputError, match=f"expected to write to {MINE}: bad disk; name another `output_folder`"):
+            take()
+    else:
+        take()
+        assert capsys.readouterr().err == f"{MINE} cannot be locked; see that no other process trains there\n"
 
 
 @pytest.mark.parametrize(("stage", "find"), [("vqvae", find_vqvae), ("classifier", find_classifier)])
@@ -138,15 +176,56 @@ def test_a_foreign_or_damaged_file_among_the_runs_does_not_stand_in_the_way(caps
     put(runs.RUNS / "foreign/vqvae.safetensors", runs.RUNS / "foreign/prior.safetensors", runs.RUNS / "note.txt")
     (runs.RUNS / "folder/vqvae.safetensors").mkdir(parents=True)
     (runs.RUNS / "folder/prior.safetensors").symlink_to("/dev/null")
+    (runs.RUNS / "loop").symlink_to("loop")
+    (runs.RUNS / "gone").symlink_to("nowhere")
     write("other", "prior").rename(runs.RUNS / "other/vqvae.safetensors")
     write("cut", "vqvae").write_bytes(mine.read_bytes()[:-1])
-    assert find_pair(None, None) == (mine, prior)
-    told = capsys.readouterr().err
-    assert told.count("left out") == 6
-    assert f"left out {runs.RUNS}/cut/vqvae.safetensors, which cannot be read as a vqvae checkpoint" in told
+    (runs.RUNS / os.fsdecode(b"caf\xe9\n")).mkdir()
+    put(runs.RUNS / os.fsdecode(b"caf\xe9\n") / "vqvae.safetensors")
     assert find_vqvae(None) == mine
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 6
+    assert all(line.startswith("left out checkpoints/") and "prior.safetensors" not in line for line in told)
+    assert f"left out {runs.RUNS}/cut/vqvae.safetensors, which cannot be read as a vqvae checkpoint of this" in str(
+        told
+    )
+    assert find_pair(None, None) == (mine, prior)
+    assert len(capsys.readouterr().err.splitlines()) == 9
     with pytest.raises(InputError, match=r"expected a prior checkpoint at .*foreign/prior.safetensors, found a file"):
         find_pair(None, runs.RUNS / "foreign/prior.safetensors")  # a file that is named is needed
+
+
+def test_a_folder_of_runs_that_is_a_file_does_not_stand_in_the_way_of_the_shipped_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("x", "prior", vqvae=write("x", "vqvae"))
+    (runs.RUNS / "x").rename("elsewhere")
+    runs.RUNS.rmdir()
+    put(runs.RUNS)
+    shipped = Path("elsewhere/vqvae.safetensors")
+    monkeypatch.setattr(runs, "SHIPPED", shipped.parent)
+    prior = shipped.with_name("prior.safetensors")
+    assert find_vqvae(None) == find_pair(None, None)[0] == find_pair(None, prior)[0] == shipped
+    assert capsys.readouterr().err.count("left out the folder checkpoints, which cannot be read: Not a directory") == 4
+
+
+def test_each_header_is_read_at_most_once_and_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, real = [], checkpoint.read_header
+    vqvaes = [write(f"run{n}", "vqvae", age_s=n, seed=n) for n in range(6)]
+    write("pretrained", "prior", vqvae=write("pretrained", "vqvae", seed=9))
+    for n in range(4):
+        write(f"run{n}", "prior", age_s=n)  # whose VQ-VAEs are lost
+    fit = [write("old", "prior", age_s=90, vqvae=vqvaes[4]), write("older", "prior", age_s=99, vqvae=vqvaes[0])]
+    monkeypatch.setattr(runs, "read_header", lambda path, stage: read.append(path) or real(path, stage))
+    assert find_vqvae(None) == vqvaes[0]
+    assert read == vqvaes[:1]
+    read.clear()
+    assert find_pair(vqvaes[0], None) == (vqvaes[0], fit[1])
+    assert find_pair(None, fit[1]) == (vqvaes[0], fit[1])
+    assert len(read) == 7 + 2
+    read.clear()
+    assert find_pair(None, None) == (vqvaes[4], fit[0])
+    assert len(read) == len(set(read)) == 5 + 7  # and not "older"
 
 
 def test_a_path_is_described_from_here_and_with_its_owner(workplace: Path) -> None:
