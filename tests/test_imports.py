@@ -14,8 +14,7 @@ from tests.helpers import ROOT, SHIPPED
 RANKING = """
     vqvae.errors vqvae.distributed vqvae.compute vqvae.console vqvae.stopping
     vqvae.storage vqvae.storage.shipped vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
-    vqvae.storage.checkpoint
-    vqvae.storage.runs
+    vqvae.storage.checkpoint vqvae.storage.runs
     vqvae.data vqvae.data.dataset vqvae.data.pixels vqvae.data.download vqvae.data.mnist
     vqvae.pictures vqvae.output
     vqvae.training vqvae.training.settings vqvae.training.signals vqvae.training.averages vqvae.training.logs

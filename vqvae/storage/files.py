@@ -106,6 +106,11 @@ def refusals(expected: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{expected}: {reason or error}; {remedy}") from None
 
 
+def named(folder: Path) -> str:
+    """A folder in a sentence, which a dot would seem to end."""
+    return "the current folder" if folder == Path() else str(folder)
+
+
 def require_writable(folder: Path) -> None:
     """Refuse a folder in which no file can be written. Nothing is made, and nothing stays.
 
@@ -114,7 +119,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         InputError: no file can be written in it, or it is no folder.
     """
-    with refusals(f"expected to write to {folder}", "name another `output_folder`"):
+    with refusals(f"expected to write to {named(folder)}", "name another `output_folder`"):
         _try_to_write(_nearest_existing(Path(os.path.realpath(folder))))
 
 
@@ -175,9 +180,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write named arrays as a compressed .npz file, completely or not at all."""
+    """Write named arrays as a compressed .npz file, completely or not at all.
+
+    Raises:
+        ValueError: an array of Python objects, which only a pickle can hold.
+    """
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise ValueError("expected arrays of numbers or of text, found Python objects")
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    # Without numpy's own option to refuse objects, which numpy 2.0 does not have: it would write it as an array.
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(path, buffer.getvalue())
 
 

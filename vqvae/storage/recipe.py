@@ -39,9 +39,7 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
     """
     with open_checked(find_recipe(path), "a TOML recipe", "name another, such as configs/mnist.toml") as file:
         try:
-            text = read_at_most(file, MAX_RECIPE).decode(
-                "utf-8-sig"
-            )  # some editors begin a file with a byte-order mark
+            text = read_at_most(file, MAX_RECIPE).decode("utf-8-sig")  # with or without a byte-order mark
         except UnicodeDecodeError:
             text = "\0"
         if "\0" in text:  # as every second character of UTF-16 is

@@ -13,7 +13,7 @@ from vqvae.console import remark
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError, printable
 from vqvae.storage.checkpoint import Header, read_header
-from vqvae.storage.files import NOT_SUPPORTED, SCRATCH, refusals, require_writable, require_writable_file
+from vqvae.storage.files import NOT_SUPPORTED, SCRATCH, named, refusals, require_writable, require_writable_file
 from vqvae.storage.shipped import SHIPPED
 
 RUNS = Path("checkpoints")
@@ -46,7 +46,7 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
         yield
         return
     folder = output_folder / stage
-    with refusals(f"expected to write to {output_folder}", "name another `output_folder`"):
+    with refusals(f"expected to write to {named(output_folder)}", "name another `output_folder`"):
         _require_free(output_folder, stage, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -104,7 +104,9 @@ def find_pair(vqvae: Path | None, prior: Path | None) -> tuple[Path, Path]:
 
 def is_shipped(path: Path) -> bool:
     """Whether a checkpoint is one of the shipped weights."""
-    return Path(os.path.realpath(path)).parent == Path(os.path.realpath(SHIPPED))
+    real, same_name = os.path.realpath(path), os.path.realpath(SHIPPED / path.name)
+    # Some installers make each file of a package a link to a file elsewhere.
+    return Path(real).parent == Path(os.path.realpath(SHIPPED)) or real == same_name
 
 
 def relative(path: Path) -> Path:
@@ -143,8 +145,8 @@ def _require_free(output_folder: Path, stage: str, resume: bool, overwrite: bool
         require_writable(place)
     if is_shipped(weights):
         raise InputError(
-            f"expected an `output_folder` of your own, found {output_folder}, which holds the shipped weights; name "
-            f"another"
+            f"expected an `output_folder` of your own, found {named(output_folder)}, which holds the shipped weights; "
+            f"name another"
         )
     for file in (weights, resume_file):
         require_writable_file(file)
@@ -162,8 +164,8 @@ def _require_free(output_folder: Path, stage: str, resume: bool, overwrite: bool
     if found and not (resume or overwrite):
         go_on = "go on with it with `resume=True`, " if resume_file in found else ""
         raise InputError(
-            f"expected no {stage} run in {output_folder}, found one ({found[0].relative_to(output_folder)}); {go_on}"
-            f"replace it with `overwrite=True`, or name another `output_folder`"
+            f"expected no {stage} run in {named(output_folder)}, found one ({found[0].relative_to(output_folder)}); "
+            f"{go_on}replace it with `overwrite=True`, or name another `output_folder`"
         )
 
 
@@ -173,13 +175,13 @@ def _acquire(lock: BaseFileLock, output_folder: Path, stage: str) -> None:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"expected nobody else at work in {output_folder}, found a {stage} run that goes on; wait for its end, or "
-            f"name another `output_folder`"
+            f"expected nobody else at work in {named(output_folder)}, found a {stage} run that goes on; wait for its "
+            f"end, or name another `output_folder`"
         ) from None
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in NOT_SUPPORTED:
             raise
-        remark(f"{printable(str(output_folder))} cannot be locked; see that no other process trains there")
+        remark(f"{printable(named(output_folder))} cannot be locked; see that no other process trains there")
 
 
 def _newest(stage: str) -> Path:

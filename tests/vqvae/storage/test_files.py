@@ -5,9 +5,11 @@ import pickle
 import resource
 import stat
 import struct
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -189,6 +191,15 @@ def test_what_some_file_systems_refuse_stops_no_write(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_no_write_needs_a_temporary_folder(path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", Mock(side_effect=FileNotFoundError("no usable folder")))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(FileNotFoundError):
+        tempfile.gettempdir()
+    write_arrays(path, {"x": np.arange(3)})
+    require_writable_file(path)
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fails_is_an_error_and_so_is_a_rename_that_is_refused_for_long(
     path: Path, monkeypatch: Patch, code: int
@@ -204,7 +215,7 @@ def test_a_disk_that_fails_is_an_error_and_so_is_a_rename_that_is_refused_for_lo
 
 def test_arrays_are_read_back_as_they_were(path: Path) -> None:
     arrays = {"images": np.random.default_rng(0).random((3, 5), dtype=np.float32), "labels": np.array(["a", "bc"])}
-    with pytest.raises(ValueError, match="allow_pickle"):  # objects would be pickled
+    with pytest.raises(ValueError, match="found Python objects"):  # they would be pickled
         write_arrays(path, {"x": np.array([object()], dtype=object)})
     assert_unchanged(path)
     write_arrays(path, arrays)

@@ -72,6 +72,10 @@ def test_where_nothing_is_there_is_nothing_to_resume_and_nothing_is_made() -> No
     with pytest.raises(MissingFileError, match=f"a run to resume at {RESUME_FILE}, found none; start one without"):
         take(resume=True)
     assert not runs.RUNS.exists()
+    take(Path())
+    put(Path("vqvae/resume.pt"))
+    with pytest.raises(InputError, match=r"no vqvae run in the current folder, found one \(vqvae/resume.pt\); "):
+        take(Path())
 
 
 def test_a_run_that_is_refused_deletes_nothing_and_one_that_starts_what_was_left_half_written(workplace: Path) -> None:
@@ -236,6 +240,17 @@ def test_a_path_is_described_from_here_and_with_its_owner(workplace: Path) -> No
     assert describe(outside) == f"{outside} (your run)"
     assert relative(outside) == outside
     assert relative(workplace / "a" / "b") == relative(Path("a/b")) == Path("a/b")
+
+
+def test_shipped_weights_that_an_installer_made_links_are_known_and_never_written_through_a_link() -> None:
+    SHIPPED.mkdir(parents=True)
+    (SHIPPED / "vqvae.safetensors").symlink_to(write("cache", "vqvae").resolve())
+    MINE.mkdir()
+    (MINE / "vqvae.safetensors").symlink_to("../pretrained/vqvae.safetensors")
+    for folder in (SHIPPED, MINE):
+        assert "(the shipped weights)" in describe(folder / "vqvae.safetensors")
+        with pytest.raises(InputError, match=r"expected an `output_folder` of your own, found .*shipped weights; name"):
+            take(folder, overwrite=True)
 
 
 def test_a_run_that_names_no_folder_goes_to_that_of_its_vqvae_or_of_its_recipe() -> None:
