@@ -2,10 +2,13 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from fnmatch import fnmatch
@@ -115,6 +118,37 @@ def pair() -> Pair:
 
 
 # What the commands write and print
+
+
+@pytest.mark.parametrize("options", ["-I", "-OO", "-W error"])
+def test_help_and_version_are_told_however_python_is_started(options: str) -> None:
+    def told(*arguments: str) -> str:
+        command = [sys.executable, *options.split(), str(ROOT / "cli.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "  train-vqvae       Stage one: train the VQ-VAE.\n" in told("-h")
+    assert "\n  Stage one: train the VQ-VAE.\n" in told("train-vqvae", "-h") == told("train-vqvae", "--help")
+    assert re.fullmatch(r"vqvae-pixelcnn-mnist (\d+\.\d+\.\d+|\(not installed\))\n", told("--version"))
+
+
+@pytest.mark.parametrize("streams", [">/dev/full 2>/dev/full", "<&- >&- 2>&-", "2>&1 | true", ">ascii 2>&1"])
+@pytest.mark.parametrize(
+    ("command", "status"), [("--help", 0), ("sample", 2), ("sample --mode gaussian --labels 'é∞'", 1)]
+)
+def test_no_stream_changes_how_a_command_ends(command: str, status: int, streams: str, tmp_path: Path) -> None:
+    whole = f"'{sys.executable}' '{ROOT / 'cli.py'}' {command} {streams}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(["bash", "-c", whole], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+def test_a_run_that_has_nothing_left_to_do_is_kept(trained: tuple[Result, ...]) -> None:
+    place = ["--output-folder", RUN, "--device", "cpu", "--resume"]
+    resumed = succeed("train-vqvae", "--config", "smoke.toml", "--data-folder", "my data", *place)
+    kept = f"kept {VQVAE}, on which no later epoch improved; next: "
+    assert (
+        resumed.stdout.splitlines()[-2:] == trained[0].stdout.replace(f"wrote {VQVAE}; next: ", kept).splitlines()[-2:]
+    )
 
 
 def test_training_writes_exactly_these_files_and_no_others() -> None:
@@ -405,6 +439,46 @@ def test_an_output_of_another_kind_is_refused_first_and_so_is_one_that_cannot_be
         refuse(command, "--device", "cpu", place="damaged/run", saying=texts)
 
 
+WRONG = [
+    "",
+    "nan",
+    "-inf",
+    "-1",
+    "1e999",
+    "9" * 30,
+    "\u221e",
+    "no utf-8 \udcff",
+    "~nobody/x",
+    "a\nb\x1b[2J",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "sample --mode gaussian"])
+def test_a_wrong_value_of_any_flag_ends_in_one_sentence_and_nothing_is_written(command: str) -> None:
+    params = typer.main.get_command(cli.app).commands[command.split()[0]].params
+    for flag in [param.opts[0] for param in params if param.opts and not param.is_flag]:
+        for value in WRONG if flag != "--output-folder" else ["", "x" * 5000]:  # any other is a folder's name
+            offline = [] if command.startswith("sample") else ["--no-download"]
+            message = refuse(f"{command} --device cpu", *offline, f"{flag}={value}", saying="")
+            assert message.count("\n") in (0, 4)  # the usage has four lines
+            assert "\x1b" not in message
+
+
+def test_paths_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    succeed("sample", "--mode", "gaussian", "--num-samples", 1, "--output=~/s.npz")
+    assert (tmp_path / "s.npz").exists()
+    for flag in ("--data-folder", "--output-folder"):
+        assert tmp_path / "x" in arguments_of("prior.train.train_prior", "train-prior", f"{flag}=~/x")[1].values()
+
+
+def test_what_memory_does_not_hold_ends_in_a_sentence_and_a_bug_keeps_its_traceback(monkeypatch: Patch) -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr("vqvae.storage.runs.find_vqvae", MagicMock(side_effect=error))
+        refuse("sample --mode gaussian", saying="error: expected enough memory, found too little; choose smaller")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: Patch) -> None:
     monkeypatch.setattr("vqvae.storage.runs.find_vqvae", lambda _: int("a bug"))
     with pytest.raises(ValueError, match="a bug"):
@@ -421,6 +495,25 @@ def test_a_signal_ends_in_the_command_to_go_on_with(number: int, monkeypatch: Pa
         status, _, printed = run("train-prior", flag, "--output-folder", "my run")
         assert (status, printed) == (128 + number, f"stopped by a signal after step 7; {again}\n")
     assert run("evaluate").stderr == "stopped by a signal after step 7; nothing was written\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["import typer", "import torch", "draw"])
+def test_a_signal_at_any_time_ends_in_one_line(number: int, place: str, tmp_path: Path) -> None:
+    kill = f"import os; os.kill(os.getpid(), {int(number)})"
+    if place.startswith("import"):  # the module there is found before the real one
+        (tmp_path / f"{place.split()[1]}.py").write_text(f"try:\n    {kill}\nexcept BaseException:\n    pass\n")
+    else:
+        kill = f"import vqvae.gaussian as g; g.draw_gaussian = lambda *_: exec({kill!r})"
+    lines = [f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]", kill * (place == "draw"), "import cli"]
+    program = "\n".join([*lines, "cli.main()"])
+    done = subprocess.run(
+        [sys.executable, "-c", program, "sample", "--mode=gaussian", "--output", tmp_path / "s.npz"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (128 + number, "stopped by a signal\n")
+    assert not (tmp_path / "s.npz").exists()
 
 
 def test_processes_of_torchrun_join_before_the_command(monkeypatch: Patch) -> None:
@@ -440,7 +533,10 @@ def test_python_in_backticks_becomes_what_is_typed() -> None:
     message = "`num_samples` (`num_codes=8`), `code_dim`, `resume=True`, `download=False`, `vqvae='my run/v'`, "
     shown = "--num-samples (--k 8), --hidden-size, --resume, --no-download, --vqvae 'my run/v', "
     message, shown = message + "`train_vqvae()`, `width`, `num_rows=3`, beta=3", shown + "python cli.py train-vqvae, "
-    assert cli.as_flags(message) == shown + "width, num_rows=3, beta=3"
+    with patch.object(sys, "argv", ["cli.py"]):
+        assert cli.as_flags(message) == shown + "width, num_rows=3, beta=3"
+        quoted = "`prior='`k` \\udcff'` `output=my new.png`"
+        assert cli.as_flags(quoted) == r"--prior $'`k` \377' --output 'my new.png'"
 
 
 def messages() -> Iterator[str]:
