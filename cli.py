@@ -25,6 +25,7 @@ from typer import Option
 
 from vqvae.console import as_typed, be_quiet, command_line, guard_streams, program, progress, say, tell_version
 from vqvae.errors import InputError, Interrupted
+from vqvae.storage.shipped import RECIPES
 
 app = typer.Typer(
     add_completion=False,
@@ -33,7 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-RECIPES = Path(__file__).parent / "configs"
 DATA = Path("data")
 
 

@@ -27,7 +27,7 @@ def test_a_batch_written_and_read_back_is_the_original(tmp_path: Path, image_sha
     expected = np.full((2 + rows * (height + 2), 2 + columns * (width + 2), 3), 128, np.uint8)
     for i in range(num):
         top, left = 2 + i // 10 * (height + 2), 2 + i % 10 * (width + 2)
-        expected[top : top + height, left : left + width] = images[i].permute(1, 2, 0)
+        expected[top : top + height, left : left + width] = images[i].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(read(tmp_path / "grid.png"), expected)
 
 

@@ -173,7 +173,7 @@ def test_the_codebook_term_moves_the_codebook_only_and_the_commitment_term_the_e
     assert [loss.item() for loss in losses] == pytest.approx([((rows - codes[chosen]) ** 2).mean()] * 2, rel=1e-5)
     for loss, at_codebook, at_z_e in zip(losses, (pull, 0 * pull), (0 * slope, slope), strict=True):
         found = torch.autograd.grad(loss, (layer.codebook, z_e), retain_graph=True, materialize_grads=True)
-        np.testing.assert_allclose(found[0].numpy(), at_codebook, atol=1e-6)
+        np.testing.assert_allclose(found[0].detach().numpy(), at_codebook, atol=1e-6)
         np.testing.assert_allclose(to_rows(found[1]), at_z_e, atol=1e-6)
         assert [part.any() for part in found] == [at_codebook.any(), at_z_e.any()]  # zero exactly
 

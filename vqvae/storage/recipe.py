@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from vqvae.errors import InputError, plain
 from vqvae.storage.files import open_checked, read_at_most
+from vqvae.storage.shipped import find_recipe
 
 STAGES = ("vqvae", "prior")
 FORMER_NAMES = {  # of keys in the first edition's recipes, which can still be read
@@ -36,7 +37,7 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
         MissingFileError: there is no file.
         InputError: the file is not TOML, or it has a table that belongs to no stage.
     """
-    with open_checked(path, "a TOML recipe", "name another, such as configs/mnist.toml") as file:
+    with open_checked(find_recipe(path), "a TOML recipe", "name another, such as configs/mnist.toml") as file:
         try:
             text = read_at_most(file, MAX_RECIPE).decode("utf-8-sig")  # with or without a byte-order mark
         except UnicodeDecodeError:

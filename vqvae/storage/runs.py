@@ -14,11 +14,11 @@ from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError, printable
 from vqvae.storage.checkpoint import Header, read_header
 from vqvae.storage.files import NOT_SUPPORTED, SCRATCH, named, refusals, require_writable, require_writable_file
+from vqvae.storage.shipped import SHIPPED
 
 RUNS = Path("checkpoints")
 LOGS = ("events.out.tfevents*", "metrics.jsonl")  # in a run's folder; without the rest they are somebody's all the same
 MAX_LISTED = 6  # files in a message
-SHIPPED = Path(__file__).parents[2] / "checkpoints" / "pretrained"
 
 
 def weights_file(folder: Path, stage: str) -> Path:

@@ -1,0 +1,16 @@
+"""Where the recipes and the weights lie that come with the program: in a clone, and where a wheel is installed."""
+
+import os
+from pathlib import Path
+
+_TOP = Path(__file__).parents[2]  # the clone, or the folder that holds all installed packages
+_PACKAGE = _TOP / "vqvae_pixelcnn"  # what a wheel has in place of a clone's top (pyproject.toml)
+HOME = _PACKAGE if (_PACKAGE / "configs").is_dir() else _TOP
+RECIPES = HOME / "configs"
+SHIPPED = HOME / "checkpoints" / "pretrained"
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe that is meant: the file at `path` or, if there is none, a shipped one, as in `configs/mnist.toml`."""
+    places = (path, HOME / path)
+    return next((place for place in places if os.path.exists(place)), path)  # noqa: PTH110  # Path.exists() may raise
