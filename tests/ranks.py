@@ -98,7 +98,7 @@ def figures_and_samples() -> dict[str, Any]:
     vqvae, prior, split, averager = make_vqvae(), make_prior(), make_split(100), MetricAverager()
     for value in [1e16, 1, -1e16, 1, 1e16, 1, -1e16][batch_shard(7)]:
         averager.add({"x": torch.tensor(value, dtype=torch.float64)}, 1)
-    with patch("vqvae.train.EVALUATION_BATCH", 30), patch("prior.train.BATCH", 30):
+    with patch("vqvae.train.EVALUATION_BATCH", 30), patch("prior.likelihood.BATCH", 30):
         figures = evaluate_vqvae(vqvae, split, VQVAETraining()), evaluate_prior(prior, extract(vqvae, split))
     generator, labels = torch.Generator().manual_seed(1), torch.arange(13) % 10
     torch.manual_seed(2)

@@ -224,14 +224,12 @@ OF_PRIOR = {"width": [1, 2, 5], "num_layers": [None, 1, 6], "dropout": [0.0, 0.9
 @settings(max_examples=3, deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_whatever_is_in_range_trains_both_stages_or_ends_in_one_sentence(constant: int | None, data: Any) -> None:
-    chosen, of_prior = (
-        {name: data.draw(st.sampled_from(values), name) for name, values in table.items()}
-        for table in (SPREAD, OF_PRIOR)
-    )
+    chosen = {name: data.draw(st.sampled_from(values)) for name, values in SPREAD.items()}
+    of_prior = {name: data.draw(st.sampled_from(values)) for name, values in OF_PRIOR.items()}
     shared = {name: chosen[name] for name in chosen if name in loop.Training.__dataclass_fields__}
     dataset = make_dataset(10)
     if constant is not None:  # all images are one grey
-        train, validation = (replace_images(split, constant) for split in (dataset.train, dataset.validation))
+        train, validation = (Split(s.images * 0 + constant, s.labels) for s in (dataset.train, dataset.validation))
         dataset = replace(dataset, train=train, validation=validation)
     no_pictures = patch.object(VQVAETask, "show"), patch.object(PriorTask, "show")
     with tempfile.TemporaryDirectory() as name, suppress(InputError), no_pictures[0], no_pictures[1]:
@@ -243,10 +241,6 @@ def test_whatever_is_in_range_trains_both_stages_or_ends_in_one_sentence(constan
         config, training = resolve((PriorConfig, PriorTraining), {**shared, **of_prior}, {})
         task = PriorTask(config, training, dataset, *codes, model, header, folder / "prior", 0)
         fit(task, training, Run(folder / "2", 0, task.settings))
-
-
-def replace_images(split: Split, value: int) -> Split:
-    return Split(torch.full_like(split.images, value), split.labels)
 
 
 @pytest.mark.parametrize(
