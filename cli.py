@@ -23,8 +23,9 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Option
 
-from vqvae.console import as_typed, be_quiet, command_line, guard_streams, program, progress, say, tell_version
+from vqvae.console import be_quiet, guard_streams, progress, say
 from vqvae.errors import InputError, Interrupted
+from vqvae.shell import as_typed, command_line, program, tell_version
 from vqvae.storage.shipped import RECIPES
 
 app = typer.Typer(

@@ -139,6 +139,7 @@ def ending(port: str, ends: Exception | None) -> Any:
     """How this process ends: by what it tells, or in silence with a status."""
     try:
         with patch.dict(os.environ, MASTER_PORT=port), process_group():
+            barrier()  # nobody leaves while another is still connecting
             if ends is not None:
                 raise ends
             barrier()

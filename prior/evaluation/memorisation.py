@@ -46,8 +46,8 @@ def measure_memorisation(
         nearest to it. Distances are root mean squares over the values of an image in 0..1. `closer_than_real` and the
         like are the share of pairs of an image of either set in which that of the first lies closer to the training
         images, [value, standard error]; 1/2 says that none does. A p-value is one-sided (arXiv:2004.05675): a small one
-        says that the first set lies closer. Errors and p-values take images as independent. Where few people wrote many
-        of them, as in MNIST, true errors are larger.
+        says that the first set lies closer. Errors and p-values take images as independent. Where many of
+        them are by the same people, as in MNIST, true errors are larger.
     """
     reference = unit_images(train_images).flatten(1)
     distances, rows = {}, {}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import ROOT
 from vqvae import console
-from vqvae.console import LenientStream, be_quiet, command_line, program, progress, remark, say
+from vqvae.console import LenientStream, be_quiet, progress, remark, say
 
 PROGRAM = """
 from vqvae.console import progress, remark, say
@@ -74,46 +74,6 @@ def test_progress_is_a_line_now_and_then_without_a_terminal_and_none_if_it_is_tu
     with progress(4, "step") as bar:
         bar.update(4)
     assert capsys.readouterr().err == ""
-
-
-WORDS = [
-    "plain",
-    "",
-    "my run",
-    "it's",
-    "$HOME `x` \\",
-    "-x",
-    "café ∞",
-    "new\nline\x1b[2J",
-    "no utf-8 \udcff.png",
-    "\\'",
-]
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_command_line_that_is_pasted_into_a_shell_gives_its_words_again(
-    encoding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
-    shown = command_line(*WORDS)
-    assert shown.encode(encoding).decode(encoding) == shown.replace("\n", "")
-    repeat = f"{sys.executable} -c 'import sys; print(ascii(sys.argv[1:]))' {shown}"
-    done = subprocess.run(["bash", "-c", repeat], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ascii(WORDS)
-    monkeypatch.setattr(os, "name", "nt")
-    assert command_line("my run", "it's") == '"my run" it\'s'  # there ' is a letter like any other
-
-
-def test_the_program_is_called_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    for started, found, expected in (
-        ("cli.py", None, "python cli.py"),
-        ("some where/cli.py", None, "python 'some where/cli.py'"),
-        ("/usr/bin/vqvae-pixelcnn", "/usr/bin/vqvae-pixelcnn", "vqvae-pixelcnn"),
-        ("/my env/bin/vqvae-pixelcnn", None, "'/my env/bin/vqvae-pixelcnn'"),
-    ):
-        monkeypatch.setattr(sys, "argv", [started])
-        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
-        assert program() == expected
 
 
 def test_a_standard_stream_that_is_closed_is_not_taken_by_a_file(tmp_path: Path) -> None:
