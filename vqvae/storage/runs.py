@@ -4,8 +4,10 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -13,11 +15,23 @@ from vqvae.console import remark
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError, printable
 from vqvae.storage.checkpoint import Header, read_header
-from vqvae.storage.files import NOT_SUPPORTED, SCRATCH, named, refusals, require_writable, require_writable_file
+from vqvae.storage.files import (
+    NOT_SUPPORTED,
+    SCRATCH,
+    named,
+    open_regular,
+    refusals,
+    require_writable,
+    require_writable_file,
+)
 from vqvae.storage.shipped import SHIPPED
 
 RUNS = Path("checkpoints")
 LOGS = ("events.out.tfevents*", "metrics.jsonl")  # in a run's folder; without the rest they are somebody's all the same
+# Where there are no locks, newer versions of filelock take a file's being there for one. A killed run leaves it there.
+NO_MARKERS: dict[str, Any] = (
+    {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
+)
 MAX_LISTED = 6  # files in a message
 
 
@@ -49,7 +63,7 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     with refusals(f"expected to write to {named(output_folder)}", "name another `output_folder`"):
         _require_free(output_folder, stage, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(folder / ".lock", timeout=0, **NO_MARKERS)
         _acquire(lock, output_folder, stage)
     try:
         with suppress(OSError):
@@ -150,6 +164,11 @@ def _require_free(output_folder: Path, stage: str, resume: bool, overwrite: bool
         )
     for file in (weights, resume_file):
         require_writable_file(file)
+    # The weights are read at the end of a run, and the log is opened at its first save.
+    for file, flags, task in ((weights, os.O_RDONLY, "read"), (folder / "metrics.jsonl", os.O_RDWR, "write")):
+        with refusals(f"expected to {task} {file}", "mend that, or name another `output_folder`"):
+            with suppress(FileNotFoundError):
+                os.close(open_regular(str(file), flags))
     logs = (log for pattern in LOGS for log in folder.glob(pattern))
     found = [*(file for file in (resume_file, weights) if file.exists()), *islice(logs, 1)]
     if resume and resume_file not in found:
