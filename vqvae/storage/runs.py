@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
@@ -32,6 +33,7 @@ LOGS = ("events.out.tfevents*", "metrics.jsonl")  # in a run's folder; without t
 NO_MARKERS: dict[str, Any] = (
     {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
 )
+TRAINING = threading.RLock()  # torch's random generator and its tracer are the process's, so they serve one training
 MAX_LISTED = 6  # files in a message
 
 
@@ -54,8 +56,20 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     Raises:
         MissingFileError: there is no run to resume.
         InputError: both `resume` and `overwrite` are given; there is a run already and neither is given; another
-            process is training in the folder; the folder holds the shipped weights or cannot be written.
+            process is training in the folder; another thread of this process is training anywhere; the folder holds
+            the shipped weights or cannot be written.
     """
+    if not TRAINING.acquire(blocking=False):
+        raise InputError("expected one training at a time in a process, found a second; start it in its own process")
+    try:
+        with _folder_lock(output_folder, stage, resume, overwrite):
+            yield
+    finally:
+        TRAINING.release()
+
+
+@contextmanager
+def _folder_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> Iterator[None]:
     if not is_main():
         yield
         return

@@ -1,5 +1,6 @@
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -115,6 +116,13 @@ def test_a_folder_is_free_again_when_its_run_ends_and_not_before(monkeypatch: py
     with pytest.raises(ZeroDivisionError), run_lock(MINE, "vqvae", resume=True, overwrite=False):
         _ = 1 / 0
     take(resume=True)
+
+
+def test_a_second_training_in_a_thread_of_the_same_process_is_refused() -> None:
+    with run_lock(MINE, "vqvae", resume=False, overwrite=False), ThreadPoolExecutor() as threads:
+        with pytest.raises(InputError, match=r"expected one training at a time in a process, found a second; start it"):
+            threads.submit(take, Path("checkpoints/yours")).result()
+    take(Path("checkpoints/yours"))
 
 
 @pytest.mark.parametrize("name", ["vqvae.safetensors", "vqvae/resume.pt", "vqvae/metrics.jsonl", "vqvae/.lock"])
