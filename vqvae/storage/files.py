@@ -135,6 +135,15 @@ def require_writable_file(path: Path) -> None:
         _try_to_write(nearest.parent if nearest == target else nearest)
 
 
+def open_regular(path: str, flags: int) -> int:
+    """Open a file that must be a regular one: a pipe would make the run wait, and a device is nobody's log."""
+    descriptor = _open_without_blocking(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a pipe or a device", path)
+    return descriptor
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, unless they exist.
 

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -13,11 +16,24 @@ from vqvae.console import remark
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError, printable
 from vqvae.storage.checkpoint import Header, read_header
-from vqvae.storage.files import NOT_SUPPORTED, SCRATCH, named, refusals, require_writable, require_writable_file
+from vqvae.storage.files import (
+    NOT_SUPPORTED,
+    SCRATCH,
+    named,
+    open_regular,
+    refusals,
+    require_writable,
+    require_writable_file,
+)
 from vqvae.storage.shipped import SHIPPED
 
 RUNS = Path("checkpoints")
 LOGS = ("events.out.tfevents*", "metrics.jsonl")  # in a run's folder; without the rest they are somebody's all the same
+# Where there are no locks, newer versions of filelock take a file's being there for one. A killed run leaves it there.
+NO_MARKERS: dict[str, Any] = (
+    {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
+)
+TRAINING = threading.RLock()  # torch's random generator and its tracer are the process's, so they serve one training
 MAX_LISTED = 6  # files in a message
 
 
@@ -40,8 +56,20 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     Raises:
         MissingFileError: there is no run to resume.
         InputError: both `resume` and `overwrite` are given; there is a run already and neither is given; another
-            process is training in the folder; the folder holds the shipped weights or cannot be written.
+            process is training in the folder; another thread of this process is training anywhere; the folder holds
+            the shipped weights or cannot be written.
     """
+    if not TRAINING.acquire(blocking=False):
+        raise InputError("expected one training at a time in a process, found a second; start it in its own process")
+    try:
+        with _folder_lock(output_folder, stage, resume, overwrite):
+            yield
+    finally:
+        TRAINING.release()
+
+
+@contextmanager
+def _folder_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> Iterator[None]:
     if not is_main():
         yield
         return
@@ -49,7 +77,7 @@ def run_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool) -> 
     with refusals(f"expected to write to {named(output_folder)}", "name another `output_folder`"):
         _require_free(output_folder, stage, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(folder / ".lock", timeout=0, **NO_MARKERS)
         _acquire(lock, output_folder, stage)
     try:
         with suppress(OSError):
@@ -150,6 +178,11 @@ def _require_free(output_folder: Path, stage: str, resume: bool, overwrite: bool
         )
     for file in (weights, resume_file):
         require_writable_file(file)
+    # The weights are read at the end of a run, and the log is opened at its first save.
+    for file, flags, task in ((weights, os.O_RDONLY, "read"), (folder / "metrics.jsonl", os.O_RDWR, "write")):
+        with refusals(f"expected to {task} {file}", "mend that, or name another `output_folder`"):
+            with suppress(FileNotFoundError):
+                os.close(open_regular(str(file), flags))
     logs = (log for pattern in LOGS for log in folder.glob(pattern))
     found = [*(file for file in (resume_file, weights) if file.exists()), *islice(logs, 1)]
     if resume and resume_file not in found:

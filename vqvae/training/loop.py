@@ -282,7 +282,7 @@ class _Loop:
         except (InputError, OSError) as error:
             found = str(error)
             if not isinstance(error, InputError):
-                found = f"expected to write to {self.run.folder}: {error.strerror or error}"
+                found = f"expected to write to {error.filename or self.run.folder}: {error.strerror or error}"
             again = "; once that is mended, go on with `resume=True`" if self.is_saved() else ""
             raise InputError(f"{found}; {self.last_save()}{again}") from None
 

@@ -166,6 +166,7 @@ def _fits(found: Any, expected: Tensor) -> bool:
     a tensor whose strides are 0 can have any size in a file of a few bytes."""
     return (
         type(found) is Tensor
+        and not found.is_nested  # which has a strided layout, but no shape
         and (found.layout, found.device.type) == (torch.strided, "cpu")
         and (found.dtype, found.shape) == (expected.dtype, expected.shape)
         and bool(found.isfinite().all())

@@ -1,5 +1,6 @@
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -117,7 +118,14 @@ def test_a_folder_is_free_again_when_its_run_ends_and_not_before(monkeypatch: py
     take(resume=True)
 
 
-@pytest.mark.parametrize("name", ["vqvae.safetensors", "vqvae/resume.pt", "vqvae/.lock"])
+def test_a_second_training_in_a_thread_of_the_same_process_is_refused() -> None:
+    with run_lock(MINE, "vqvae", resume=False, overwrite=False), ThreadPoolExecutor() as threads:
+        with pytest.raises(InputError, match=r"expected one training at a time in a process, found a second; start it"):
+            threads.submit(take, Path("checkpoints/yours")).result()
+    take(Path("checkpoints/yours"))
+
+
+@pytest.mark.parametrize("name", ["vqvae.safetensors", "vqvae/resume.pt", "vqvae/metrics.jsonl", "vqvae/.lock"])
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_what_is_no_file_where_a_run_keeps_one_is_told_in_a_sentence(name: str, options: dict[str, bool]) -> None:
     put(RESUME_FILE)
@@ -126,6 +134,32 @@ def test_what_is_no_file_where_a_run_keeps_one_is_told_in_a_sentence(name: str, 
     with pytest.raises(InputError, match=r"expected (to write|no vqvae run) .*mine.*; .*$") as refusal:
         take(**options)
     assert ("Is a directory" in str(refusal.value)) or (name, options) == ("vqvae/.lock", {})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has locks of its own")
+def test_a_lock_file_that_a_killed_run_left_is_no_lock_where_the_file_system_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put(MINE / "vqvae/.lock")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "none here")))
+    take()
+
+
+@pytest.mark.parametrize("name", ["vqvae.safetensors", "vqvae/metrics.jsonl"])
+def test_a_file_that_cannot_be_opened_at_a_runs_end_is_refused_at_its_start(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(RESUME_FILE, MINE / name)
+    opened = os.open
+
+    def guarded(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path) == str(MINE / name):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", guarded)
+    with pytest.raises(InputError, match=f"expected to (read|write) {MINE / name}: Permission denied; mend that"):
+        take(overwrite=True)
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "x"), OSError(errno.EIO, "bad disk")])

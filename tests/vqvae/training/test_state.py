@@ -21,6 +21,7 @@ MAY_BE = {("best", "7.5"), ("log_from", "0"), ("unlogged", "[]"), ("figures", "{
 CHANGES: dict[str, Callable[[Tensor], Any]] = {
     **{"half": Tensor.half, "double": Tensor.double, "complex": lambda x: x.to(torch.complex64)},
     **{"sparse": lambda x: x.float().reshape(1, -1).to_sparse(), "meta": lambda x: x.to("meta")},
+    "nested": lambda x: torch._nested_tensor_from_tensor_list([x.float().flatten()]),
     **{"nan": lambda x: x * math.nan, "larger": lambda x: torch.cat([x.flatten()] * 2), "flat": lambda x: x[None]},
     **{"huge": lambda x: HUGE, "a list": Tensor.tolist, "none": lambda x: None, "negative": lambda x: -1 - x.abs()},
 }
@@ -68,6 +69,7 @@ def lies(true: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_state_that_lies_anywhere_is_refused_in_a_sentence_and_changes_nothing(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
