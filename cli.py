@@ -291,13 +291,9 @@ def evaluate(
 ) -> None:
     from prior import load
     from prior.evaluation.report import evaluate_and_report
-    from prior.sampling import check_options
     from vqvae.data.mnist import load_mnist
-    from vqvae.storage.files import require_writable
     from vqvae.storage.runs import describe, find_classifier
 
-    check_options(guidance)
-    require_writable(output_folder)
     pair, file = load(vqvae, prior, device), find_classifier(classifier)
     say(f"weights: {pair.origin}, measured with {describe(file)}")
     dataset = partial(load_mnist, data_folder, download)  # is loaded after everything else has been checked

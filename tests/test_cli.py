@@ -435,7 +435,7 @@ def test_an_output_of_another_kind_is_refused_first_and_so_is_one_that_cannot_be
         refuse(command, "--vqvae=no", "--output=new.jpg", saying=".npz (arrays), found new.jpg; try --output new.png")
     refuse("sample --mode gaussian", place="damaged/s", saying="expected to write damaged/s.npz: ")
     for command in TRAINERS:
-        texts = ["expected to write to damaged/run: ", "name another --output-folder"]
+        texts = ["expected to write damaged/run/", "name another --output-folder"]
         refuse(command, "--device", "cpu", place="damaged/run", saying=texts)
 
 

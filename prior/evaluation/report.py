@@ -20,7 +20,7 @@ from vqvae.data.dataset import Dataset
 from vqvae.distributed import is_main
 from vqvae.errors import InputError
 from vqvae.pictures import grid_png
-from vqvae.storage.files import open_checked, read_at_most, require_writable_file, write_atomically
+from vqvae.storage.files import open_checked, read_at_most, require_writable, write_atomically
 
 FILES = ("metrics.json", "table.txt", "table.md", "report.html")  # in every report, beside the pictures
 NOT_ALWAYS = ("pixelcnn_guided", "pixelcnn_labelled", "pixelcnn_unlabelled")  # sets that only some reports have
@@ -91,7 +91,7 @@ def evaluate_and_report(
         InputError: an option is out of range, a file is missing or damaged, or the folder can't be written.
     """
     for name in FILES:
-        require_writable_file(folder / name)  # before the measuring, which takes minutes
+        require_writable(folder / name)  # before the measuring, which takes minutes
     save = partial(write_report, folder=folder)
     evaluation = evaluate_pair(pair, classifier_file, load_dataset, save=save, **options)
     save(evaluation)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import stat
 import time
 import warnings
 from contextlib import suppress
@@ -22,6 +21,7 @@ from torch.utils.tensorboard import summary
 from torch.utils.tensorboard._pytorch_graph import graph
 
 from vqvae.distributed import is_main
+from vqvae.storage.files import open_regular
 
 EVENTS = "events.out.tfevents."  # how the names of TensorBoard's files begin
 MAX_LINE = 2**20  # bytes of a line of `metrics.jsonl`, which has a kilobyte or two
@@ -45,7 +45,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.jsonl = folder / "metrics.jsonl"
         self.jsonl.touch()
-        with open(self.jsonl, "r+b", opener=_regular) as file:
+        with open(self.jsonl, "r+b", opener=open_regular) as file:
             kept = [] if first_step == 0 else [line for line in _lines(file) if _step(line) < first_step]
             file.seek(0)
             file.write(b"".join(kept))
@@ -64,7 +64,9 @@ class RunLog:
             return
         for name, value in values.items():
             self._add(Event(step=step, summary=summary.scalar(name, value)))
-        with open(self.jsonl, "r+b", opener=_regular) as file:  # not "a", which makes it: a folder that is gone is told
+        with open(
+            self.jsonl, "r+b", opener=open_regular
+        ) as file:  # not "a", which makes it: a folder that is gone is told
             file.seek(0, os.SEEK_END)
             file.write(json.dumps({"step": step, **values}).encode() + b"\n")
 
@@ -105,15 +107,6 @@ def _name_after(files: list[Path]) -> str:
     is later than any of them, even if the clock was set back."""
     found = [re.match(rf"{re.escape(EVENTS)}(\d+)", path.name) for path in files]
     return f"{EVENTS}{max([int(time.time()), *(int(match[1]) + 1 for match in found if match)]):010d}"
-
-
-def _regular(path: str, flags: int) -> int:
-    """Open a file that must be a regular one: a pipe would make the run wait, and a device is nobody's log."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "it is a pipe or a device", path)
-    return descriptor
 
 
 def _lines(file: BinaryIO) -> list[bytes]:

@@ -115,7 +115,7 @@ def test_two_downloads_at_once_ask_once_and_both_load(raw: Path, monkeypatch: Pa
     [
         (lambda: failing(URLError(OSError("Tunnel connection failed: 403 Forbidden"))), "Tunnel .*: 403 Forbidden"),
         (lambda: failing(URLError("CERTIFICATE_VERIFY_FAILED")), "CERTIFICATE_VERIFY_FAILED"),
-        (lambda: failing(HTTPError("", 404, "Not\033[2J\nFound", {}, None)), r"HTTP Error 404: Not\[2J Found"),  # type: ignore[arg-type]
+        (lambda: failing(HTTPError("", 404, "Not\033[2J\nFound", {}, None)), r"HTTP Error 404: Not\\x1b\[2J Found"),  # type: ignore[arg-type]
         (lambda: failing(TimeoutError("timed out")), "timed out"),
         (lambda: failing(BadStatusLine("x")), "x"),
         (lambda: io.BytesIO(b"<html>"), "it sent another file, or only a part"),
