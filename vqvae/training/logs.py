@@ -64,9 +64,8 @@ class RunLog:
             return
         for name, value in values.items():
             self._add(Event(step=step, summary=summary.scalar(name, value)))
-        with open(
-            self.jsonl, "r+b", opener=open_regular
-        ) as file:  # not "a", which makes it: a folder that is gone is told
+        # Not opened by "a", which would make it, so that a folder that is gone is told.
+        with open(self.jsonl, "r+b", opener=open_regular) as file:
             file.seek(0, os.SEEK_END)
             file.write(json.dumps({"step": step, **values}).encode() + b"\n")
 

