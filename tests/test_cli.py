@@ -142,13 +142,16 @@ def test_no_stream_changes_how_a_command_ends(command: str, status: int, streams
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
-def test_weights_on_which_a_resumed_run_did_not_improve_are_kept(trained: tuple[Result, ...], tmp_path: Path) -> None:
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left_to_do(
+    trained: tuple[Result, ...], tmp_path: Path
+) -> None:
     shutil.copytree(RUN, tmp_path / "run")
     place = ["--output-folder", tmp_path / "run", "--device", "cpu", "--resume"]
     resumed = succeed("train-vqvae", "--config", "smoke.toml", "--data-folder", "my data", *place)
-    *_, figures, last = resumed.stdout.splitlines()
+    first, figures, last = resumed.stdout.splitlines()
+    assert first.startswith("nothing is left to do: ")
     assert figures == trained[0].stdout.splitlines()[-2]
-    assert last.startswith(f"kept {tmp_path / 'run' / VQVAE.name}, on which no later epoch improved; next: ")
+    assert last.startswith(f"best weights: {tmp_path / 'run' / VQVAE.name}; next: ")
 
 
 def test_training_writes_exactly_these_files_and_no_others() -> None:
@@ -163,15 +166,15 @@ def test_training_says_what_it_reached_and_what_to_type_next(trained: tuple[Resu
     first, second, third = (result.stdout.splitlines() for result in trained)
     assert re.fullmatch(r"test: squared error 0\.\d+, PSNR .* dB, \d+ of 32 codes used, perplexity \d+", first[-2])
     following = f"train-prior --vqvae '{VQVAE}' --config smoke.toml --data-folder 'my data'"
-    assert first[-1] == f"wrote {VQVAE}; next: python cli.py {following}"
+    assert first[-1] == f"best weights: {VQVAE}; next: python cli.py {following}"
     assert second[0] == f"VQ-VAE: {VQVAE} (your run)"
     assert re.fullmatch(r"test: \d\.\d+ nats per code .*; uniform 3\.466", second[-2])  # log 32
     following = f"sample --mode pixelcnn --vqvae '{VQVAE}' --prior '{PRIOR}' --output samples.png"
-    assert second[-1] == f"wrote {PRIOR}; next: python cli.py {following}"
+    assert second[-1] == f"best weights: {PRIOR}; next: python cli.py {following}"
     assert re.fullmatch(r"test: \d+\.\d\d% right, cross-entropy \d+\.\d{4}", third[-2])
     error = checkpoint.read_header(CLASSIFIER, "classifier").metrics["error"]  # on validation
     assert abs(float(third[-2][6:].partition("%")[0]) / 100 - (1 - error)) < 0.25
-    assert third[-1] == f"wrote {CLASSIFIER}; next: python cli.py evaluate --classifier '{CLASSIFIER}'"
+    assert third[-1] == f"best weights: {CLASSIFIER}; next: python cli.py evaluate --classifier '{CLASSIFIER}'"
 
 
 def test_printed_commands_run_as_printed_and_pictures_have_100_images(trained: tuple[Result, ...]) -> None:

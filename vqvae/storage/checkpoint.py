@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vqvae.errors import InputError
-from vqvae.storage.files import open_checked, read_at_most, write_atomically
+from vqvae.storage.files import open_checked, write_atomically
 from vqvae.storage.tensors import TensorFile
 
 FORMAT_VERSION = 2
@@ -83,9 +83,7 @@ def save(
     )
     fields = asdict(header)
     text = json.dumps({**fields, "checksum": _checksum(fields)})
-    content = to_safetensors(tensors, metadata={"header": text})
-    if not _is_at(path, content):  # a run that is resumed saves its last best weights once more
-        write_atomically(path, content)
+    write_atomically(path, to_safetensors(tensors, metadata={"header": text}))
     return header
 
 
@@ -227,14 +225,6 @@ def _to_header(fields: dict[str, Any]) -> Header:
         if not isinstance(getattr(header, name), kind):
             raise TypeError(f"{name} of its header is of type {type(getattr(header, name)).__name__}")
     return header
-
-
-def _is_at(path: Path, content: bytes) -> bool:
-    try:
-        with open_checked(path, "a checkpoint", "write it") as file:
-            return read_at_most(file, len(content)) == content
-    except InputError:
-        return False
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:
