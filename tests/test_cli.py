@@ -142,18 +142,6 @@ def test_no_stream_changes_how_a_command_ends(command: str, status: int, streams
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
-def test_a_finished_run_that_is_resumed_says_that_nothing_is_left_to_do(
-    trained: tuple[Result, ...], tmp_path: Path
-) -> None:
-    shutil.copytree(RUN, tmp_path / "run")
-    place = ["--output-folder", tmp_path / "run", "--device", "cpu", "--resume"]
-    resumed = succeed("train-vqvae", "--config", "smoke.toml", "--data-folder", "my data", *place)
-    first, figures, last = resumed.stdout.splitlines()
-    assert first.startswith("nothing is left to do: ")
-    assert figures == trained[0].stdout.splitlines()[-2]
-    assert last.startswith(f"best weights: {tmp_path / 'run' / VQVAE.name}; next: ")
-
-
 def test_training_writes_exactly_these_files_and_no_others() -> None:
     for stage, others in (("vqvae", set()), ("prior", {"codes-train.safetensors", "codes-validation.safetensors"})):
         names = {path for path in files_in(RUN / stage) if "events.out.tfevents" not in path}
@@ -377,30 +365,6 @@ def test_what_belongs_to_the_prior_is_refused_in_the_gaussian_mode() -> None:
     for flag, value in {**given, "--prior": "nowhere"}.items():
         text = f"expected no {flag} with --mode gaussian, found {value}; leave it out or change the mode"
         refuse("sample --mode gaussian", flag, value, saying=text)
-
-
-@pytest.mark.parametrize(
-    ("flag", "values", "commands"),
-    [
-        ("--device", ["tpu"], COMMANDS),
-        ("--devise", ["cpu"], COMMANDS),
-        ("--seed", [-1, 2**63, "one"], [command for command in COMMANDS if command != "reconstruct"]),
-        ("--batch-size", [0], TRAINERS),
-        ("--num-epochs", [0, "two"], TRAINERS),
-        ("--num-samples", [0], ["sample --mode gaussian", "compare", "evaluate"]),
-        ("--num-images", [0], ["reconstruct"]),
-        ("--mode", ["vae"], ["sample"]),
-        ("--gaussian-input", ["noise"], ["sample --mode gaussian"]),
-        ("--split", ["train"], ["evaluate"]),
-        ("--guidance", [-1, 101], ["sample --mode pixelcnn", "evaluate"]),
-        ("--top-k", [0], ["sample --mode pixelcnn"]),
-        ("--label", [-1], ["sample --mode pixelcnn"]),
-    ],
-)
-def test_a_range_or_choice_is_refused_by_the_command_line(flag: str, values: list[object], commands: list[str]) -> None:
-    for command in commands:
-        for value in values:
-            assert refuse(command, flag, value, saying=flag).startswith("Usage: ")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "sample --mode gaussian"])

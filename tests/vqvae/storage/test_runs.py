@@ -199,20 +199,6 @@ def test_a_foreign_or_damaged_file_among_the_runs_does_not_stand_in_the_way(caps
         find_pair(None, runs.RUNS / "foreign/prior.safetensors")  # a file that is named is needed
 
 
-def test_a_folder_of_runs_that_is_a_file_does_not_stand_in_the_way_of_the_shipped_weights(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write("x", "prior", vqvae=write("x", "vqvae"))
-    (runs.RUNS / "x").rename("elsewhere")
-    runs.RUNS.rmdir()
-    put(runs.RUNS)
-    shipped = Path("elsewhere/vqvae.safetensors")
-    monkeypatch.setattr(runs, "SHIPPED", shipped.parent)
-    prior = shipped.with_name("prior.safetensors")
-    assert find_vqvae(None) == find_pair(None, None)[0] == find_pair(None, prior)[0] == shipped
-    assert capsys.readouterr().err.count("left out the folder checkpoints, which cannot be read: Not a directory") == 4
-
-
 def test_each_header_is_read_at_most_once_and_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     read, real = [], checkpoint.read_header
     vqvaes = [write(f"run{n}", "vqvae", age_s=n, seed=n) for n in range(6)]
