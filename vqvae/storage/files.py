@@ -7,41 +7,17 @@ of one sentence.
 import errno
 import io
 import os
-import pickle
 import stat
-import struct
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
 
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError
-
-# What the parsers of JSON, TOML, IDX, safetensors, gzip, zip and pickle raise for bytes that they do not expect.
-MALFORMED = (
-    ArithmeticError,  # a number is too large
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,  # the file asks for more memory than there is
-    OSError,
-    RuntimeError,  # the content is nested too deeply; torch raises it for everything
-    SafetensorError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 ANOTHER_PLACE = "name a place that can be written"
 SCRATCH = ".partial"  # the suffix of a file that is still being written; a killed process leaves such a file behind
@@ -55,8 +31,8 @@ RENAME_WAITS_S = (0.1, 0.2, 0.4, 0.6, 0.7)
 def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
     """The file at `path`, opened for a parser that runs inside the `with` block.
 
-    An exception that the parser raises for malformed bytes becomes an `InputError`. An `InputError` that is raised
-    inside the block passes through unchanged.
+    Whatever the parser raises becomes an `InputError`, because for bytes that it does not expect a parser may raise
+    anything. An `InputError` that is raised inside the block passes through unchanged.
 
     Args:
         expected: what the file should be, with its article.
@@ -68,11 +44,11 @@ def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb", opener=open_regular) as file:
             yield file
-    except InputError:  # a ValueError, which MALFORMED would catch
+    except InputError:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"expected {expected} at {path}, found none; {remedy}") from None
-    except MALFORMED as error:
+    except Exception as error:
         found = f"a file that is cut short, damaged or of another kind ({_summary(error)})"
         if isinstance(error, OSError) and error.strerror:  # the operating system raised it, not a parser
             found = f"what can't be read: {error.strerror}"

@@ -1,13 +1,9 @@
 import errno
 import io
 import os
-import pickle
 import resource
 import stat
-import struct
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +16,6 @@ from vqvae.storage.files import SCRATCH, open_checked, read_at_most, require_wri
 
 Patch = pytest.MonkeyPatch
 OLD, NEW = b"the last good file", b"n" * 100_000
-PARSERS_ERRORS = (OverflowError, AssertionError, AttributeError, EOFError, KeyError, IndexError, MemoryError, OSError)
-PARSERS_ERRORS += (RuntimeError, RecursionError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError)
-PARSERS_ERRORS += (struct.error, zipfile.BadZipFile, zlib.error)
 
 
 @pytest.fixture
@@ -207,7 +200,7 @@ def test_a_file_is_opened_or_the_reason_why_not_is_told(path: Path) -> None:
             open_checked(path.parent / name, "a note", "write one").__enter__()
 
 
-@pytest.mark.parametrize("kind", PARSERS_ERRORS)
+@pytest.mark.parametrize("kind", [KeyError, OSError, RuntimeError, SafetensorError, ValueError])
 def test_what_a_parser_raises_is_told_in_a_sentence(path: Path, kind: type[Exception]) -> None:
     found = rf"a file that is cut short, damaged or of another kind \({kind.__name__}: .?at byte 3.?\)"
     with pytest.raises(InputError, match=f"^expected a note at {path}, found {found}; write one$") as raised:
@@ -216,7 +209,7 @@ def test_what_a_parser_raises_is_told_in_a_sentence(path: Path, kind: type[Excep
     assert not isinstance(raised.value, FileNotFoundError)
 
 
-@pytest.mark.parametrize("error", [InputError("a sentence of ours"), KeyboardInterrupt(), ImportError("a bug")])
+@pytest.mark.parametrize("error", [InputError("a sentence of ours"), KeyboardInterrupt()])
 def test_what_is_not_a_parsers_error_passes_through(path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, open_checked(path, "a note", "write one"):
         raise error
