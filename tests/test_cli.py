@@ -323,9 +323,7 @@ def test_the_files_named_are_used_and_without_any_the_shipped_ones(tmp_path: Pat
     named = ["--vqvae", new[0], "--prior", new[1]]
     for options, files in (([], old), (["--prior", old[1]], old), (named, new)):
         assert f"weights: {files[0]} (your run) and {files[1]} (your run)\n" in succeed(*draw, *options).stdout
-    prints = [checkpoint.read_header(files[0], "vqvae").fingerprint[:12] for files in (old, new)]
-    for command in ("sample --mode pixelcnn", "compare", "evaluate"):
-        refuse(command, "--vqvae", new[0], "--prior", old[1], saying=[str(old[1]), *prints, "by --vqvae and --prior"])
+    refuse("compare", "--vqvae", new[0], "--prior", old[1], saying=[str(old[1]), "by --vqvae and --prior"])
     shutil.rmtree("checkpoints")
     refuse("sample --mode gaussian", saying=["found none", "create one with python cli.py train-vqvae"])
     refuse("sample --mode pixelcnn", saying=["found none", "create one with python cli.py train-prior"])
@@ -346,14 +344,10 @@ def test_the_files_named_are_used_and_without_any_the_shipped_ones(tmp_path: Pat
         ("sample --mode pixelcnn --gaussian-input image", "no --gaussian-input with --mode pixelcnn, found image; "),
         ("sample --mode pixelcnn --label 0 --labels 0", "expected --label or --labels, found both; "),
         ("sample --mode pixelcnn --temperature 0", "expected --temperature over 0, found 0; use --top-k 1"),
-        ("sample --mode pixelcnn --label 10", "expected labels in 0..9, found 10; choose others by --labels"),
-        ("sample --mode pixelcnn --labels ''", "found ''; try --labels 0-9"),
         ("reconstruct --num-images 121", "expected --num-images between 1 and 120, found 121; try --num-images 120"),
-        (f"evaluate --classifier '{VQVAE}'", f"at {VQVAE}, found one of stage 'vqvae'"),
         ("sample --mode gaussian --vqvae damaged", "expected a vqvae checkpoint at damaged, found a file that is cut"),
         ("compare --prior damaged", "; create one with python cli.py train-prior"),
         ("train-vqvae --config wrong.toml", "did you mean 'num_epochs'? (the recipe is wrong.toml)"),
-        ("train-prior --config nowhere.toml", "expected a TOML recipe at nowhere.toml, found none"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_flag_or_its_name(command: str, text: str) -> None:
