@@ -10,7 +10,7 @@ from pathlib import Path
 if __name__ == "__main__" and sys.flags.safe_path:  # python -I, which does not look for modules beside the script
     sys.path.insert(0, str(Path(__file__).parent))
 
-from vqvae.stopping import LINE, Stopped, end_on_signals, ending
+from vqvae.stopping import BY_A_SIGNAL, Stopped, end_on_signals, ending
 
 end_on_signals()
 
@@ -334,7 +334,7 @@ def main() -> None:
             arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
             again = f"all of it is saved; go on with: {program()} {command_line(*arguments, '--resume')}"
             saved = again if arguments[0].startswith("train-") else "nothing was written"
-            raise Stopped(interrupted.signal, f"{LINE} after step {interrupted.step}; {saved}") from None
+            raise Stopped(interrupted.signal, f"{BY_A_SIGNAL} after step {interrupted.step}; {saved}") from None
 
 
 if __name__ == "__main__":
