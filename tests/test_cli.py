@@ -440,7 +440,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: Patch) -> None:
 def test_a_signal_ends_in_the_command_to_go_on_with(number: int, monkeypatch: Patch) -> None:
     interrupted = MagicMock(side_effect=Interrupted(number, 7))
     monkeypatch.setattr("prior.train.train_prior", interrupted)
-    monkeypatch.setattr("prior.pair.load_pair", interrupted)
+    monkeypatch.setattr("prior.pair.load", interrupted)
     again = "all of it is saved; go on with: python cli.py train-prior --output-folder 'my run' --resume"
     for flag in ("--overwrite", "--resume"):
         status, _, printed = run("train-prior", flag, "--output-folder", "my run")
