@@ -10,13 +10,11 @@ from pathlib import Path
 if __name__ == "__main__" and sys.flags.safe_path:  # python -I, which does not look for modules beside the script
     sys.path.insert(0, str(Path(__file__).parent))
 
-from vqvae.stopping import LINE, Stopped, end_on_signals, ending
+from vqvae.stopping import BY_A_SIGNAL, Stopped, end_on_signals, ending
 
 end_on_signals()
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -95,8 +93,9 @@ def train_vqvae(
     written = (output_folder or folder_for(config)) / "vqvae.safetensors"
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": written.parent, "download": download}
     run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
-    with _weights(written, "train-prior", "--vqvae", written, "--config", relative(config), data_folder=data_folder):
-        say(f"test: {summarise(train_vqvae(*settings, **run), settings[0].num_codes)}")
+    say(f"test: {summarise(train_vqvae(*settings, **run), settings[0].num_codes)}")
+    following = ("train-prior", "--vqvae", written, "--config", relative(config))
+    _say_what_is_next(written, *following, data_folder=data_folder)
 
 
 @app.command(help="Stage two: train the prior on a VQ-VAE's code maps.")
@@ -127,9 +126,9 @@ def train_prior(
     say(f"VQ-VAE: {describe(file)}")
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": written.parent, "download": download}
     run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    say(f"test: {summarise(train_prior(*settings, vqvae_path=file, **run))}")
     pair = ("--vqvae", file, "--prior", written)
-    with _weights(written, "sample", "--mode", "pixelcnn", *pair, "--output", "samples.png"):
-        say(f"test: {summarise(train_prior(*settings, vqvae_path=file, **run))}")
+    _say_what_is_next(written, "sample", "--mode", "pixelcnn", *pair, "--output", "samples.png")
 
 
 @app.command(help="Train the classifier whose features `evaluate` measures with.")
@@ -155,9 +154,9 @@ def train_classifier(
     written = output_folder / "classifier.safetensors"
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": output_folder, "download": download}
     run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
-    with _weights(written, "evaluate", "--classifier", written, data_folder=data_folder):
-        figures = train_classifier(*settings, **run)
-        say(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
+    figures = train_classifier(*settings, **run)
+    say(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
+    _say_what_is_next(written, "evaluate", "--classifier", written, data_folder=data_folder)
 
 
 @app.command(help="Draw new images, as a grid or as arrays.")
@@ -291,13 +290,9 @@ def evaluate(
 ) -> None:
     from prior import load
     from prior.evaluation.report import evaluate_and_report
-    from prior.sampling import check_options
     from vqvae.data.mnist import load_mnist
-    from vqvae.storage.files import require_writable
     from vqvae.storage.runs import describe, find_classifier
 
-    check_options(guidance)
-    require_writable(output_folder)
     pair, file = load(vqvae, prior, device), find_classifier(classifier)
     say(f"weights: {pair.origin}, measured with {describe(file)}")
     dataset = partial(load_mnist, data_folder, download)  # is loaded after everything else has been checked
@@ -306,14 +301,10 @@ def evaluate(
     say(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
 
 
-@contextmanager
-def _weights(path: Path, *following: str | Path, data_folder: Path = DATA) -> Iterator[None]:
-    """Inside, a network is trained. Then say whether its weights are new, and what to type next."""
-    before = path.stat().st_mtime_ns if os.path.exists(path) else None  # noqa: PTH110  # Path's own may raise
-    yield
-    done = f"kept {path}, on which no later epoch improved" if path.stat().st_mtime_ns == before else f"wrote {path}"
+def _say_what_is_next(weights: Path, *following: str | Path, data_folder: Path = DATA) -> None:
+    """Say where a run's best weights are, which may be older than the run's last part, and what to type next."""
     data = () if data_folder == DATA else ("--data-folder", data_folder)
-    say(f"{done}; next: {program()} {command_line(*following, *data)}")
+    say(f"best weights: {weights}; next: {program()} {command_line(*following, *data)}")
 
 
 @app.callback(help="A VQ-VAE turns images into small maps of codes and back; a gated PixelCNN learns to draw such maps")
@@ -343,7 +334,7 @@ def main() -> None:
             arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
             again = f"all of it is saved; go on with: {program()} {command_line(*arguments, '--resume')}"
             saved = again if arguments[0].startswith("train-") else "nothing was written"
-            raise Stopped(interrupted.signal, f"{LINE} after step {interrupted.step}; {saved}") from None
+            raise Stopped(interrupted.signal, f"{BY_A_SIGNAL} after step {interrupted.step}; {saved}") from None
 
 
 if __name__ == "__main__":

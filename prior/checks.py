@@ -45,7 +45,8 @@ def _to_tensor(labels: Any) -> Tensor:
 def check_maps(
     what: str, maps: object, map_shape: tuple[int, int], num_codes: int, *, num: int | None = None, least: int = 0
 ) -> None:
-    """
+    """Refuse code maps that no VQ-VAE of this kind gives.
+
     Args:
         what: how a message names the maps.
         maps: (N, H, W) int64 in least..num_codes - 1, on any device.

@@ -236,10 +236,8 @@ class Pair:
         return default if guidance is None else guidance
 
 
-def load_pair(
-    vqvae: str | Path | None = None, prior: str | Path | None = None, device: str | torch.device = "auto"
-) -> Pair:
-    """A VQ-VAE and the prior that was trained on its codes.
+def load(vqvae: str | Path | None = None, prior: str | Path | None = None, device: str | torch.device = "auto") -> Pair:
+    """A VQ-VAE and the prior that was trained on its codes, as one object.
 
     Args:
         vqvae, prior: weights files. One that is not named is searched for: your newest run under `checkpoints/`, or

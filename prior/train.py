@@ -13,14 +13,7 @@ from prior.likelihood import maps_at_once, nats_per_code
 from prior.model import GatedPixelCNN, PriorConfig, load_prior
 from prior.pair import draw_maps
 from vqvae.codec import decode_images
-from vqvae.compute import (
-    derive_seed,
-    eval_mode,
-    in_batches,
-    pick_device,
-    require_memory_to_train,
-    require_whole,
-)
+from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
 from vqvae.data.dataset import Dataset, digest
 from vqvae.data.mnist import load_mnist
 from vqvae.distributed import main_first, shard

@@ -24,7 +24,7 @@ from torch import Tensor
 from prior.codes import extract
 from prior.incremental import IncrementalLogits
 from prior.model import GatedPixelCNN, PriorConfig
-from prior.pair import load_pair
+from prior.pair import load
 from prior.sampling import plain_logits, sample_codes
 from prior.train import PriorTraining
 from tests.project import CPU, IMAGE_SHAPE, Side, StageOne, StageTwo, whole_run
@@ -183,7 +183,7 @@ def starting() -> list[Row]:
 def main() -> None:
     dataset = load_mnist(DATA)
     train, validation = dataset.train, dataset.validation
-    pair = load_pair(weights_file(SHIPPED, "vqvae"), weights_file(SHIPPED, "prior"), CPU)
+    pair = load(weights_file(SHIPPED, "vqvae"), weights_file(SHIPPED, "prior"), CPU)
     vqvae, prior = pair.vqvae, pair.prior
     machine = {
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cli
 from prior.codes import Codes
 from prior.model import GatedPixelCNN, PriorConfig
-from prior.pair import Pair, load_pair
+from prior.pair import Pair, load
 from vqvae.data.dataset import Dataset, DatasetInfo, Split
 from vqvae.data.mnist import load_mnist
 from vqvae.model import VQVAE, VQVAEConfig
@@ -125,7 +125,7 @@ def save_pair(
     prior = make_prior(vqvae.map_shape, num_classes=num_classes, seed=seed)
     header = save_model(folder / "vqvae.safetensors", vqvae, "vqvae", info)
     save_model(folder / "prior.safetensors", prior, "prior", info, header.fingerprint)
-    return load_pair(folder / "vqvae.safetensors", folder / "prior.safetensors", CPU)
+    return load(folder / "vqvae.safetensors", folder / "prior.safetensors", CPU)
 
 
 def log_rows(folder: Path) -> list[dict[str, float]]:

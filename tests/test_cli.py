@@ -142,15 +142,6 @@ def test_no_stream_changes_how_a_command_ends(command: str, status: int, streams
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
-def test_weights_on_which_a_resumed_run_did_not_improve_are_kept(trained: tuple[Result, ...], tmp_path: Path) -> None:
-    shutil.copytree(RUN, tmp_path / "run")
-    place = ["--output-folder", tmp_path / "run", "--device", "cpu", "--resume"]
-    resumed = succeed("train-vqvae", "--config", "smoke.toml", "--data-folder", "my data", *place)
-    *_, figures, last = resumed.stdout.splitlines()
-    assert figures == trained[0].stdout.splitlines()[-2]
-    assert last.startswith(f"kept {tmp_path / 'run' / VQVAE.name}, on which no later epoch improved; next: ")
-
-
 def test_training_writes_exactly_these_files_and_no_others() -> None:
     for stage, others in (("vqvae", set()), ("prior", {"codes-train.safetensors", "codes-validation.safetensors"})):
         names = {path for path in files_in(RUN / stage) if "events.out.tfevents" not in path}
@@ -163,15 +154,15 @@ def test_training_says_what_it_reached_and_what_to_type_next(trained: tuple[Resu
     first, second, third = (result.stdout.splitlines() for result in trained)
     assert re.fullmatch(r"test: squared error 0\.\d+, PSNR .* dB, \d+ of 32 codes used, perplexity \d+", first[-2])
     following = f"train-prior --vqvae '{VQVAE}' --config smoke.toml --data-folder 'my data'"
-    assert first[-1] == f"wrote {VQVAE}; next: python cli.py {following}"
+    assert first[-1] == f"best weights: {VQVAE}; next: python cli.py {following}"
     assert second[0] == f"VQ-VAE: {VQVAE} (your run)"
     assert re.fullmatch(r"test: \d\.\d+ nats per code .*; uniform 3\.466", second[-2])  # log 32
     following = f"sample --mode pixelcnn --vqvae '{VQVAE}' --prior '{PRIOR}' --output samples.png"
-    assert second[-1] == f"wrote {PRIOR}; next: python cli.py {following}"
+    assert second[-1] == f"best weights: {PRIOR}; next: python cli.py {following}"
     assert re.fullmatch(r"test: \d+\.\d\d% right, cross-entropy \d+\.\d{4}", third[-2])
     error = checkpoint.read_header(CLASSIFIER, "classifier").metrics["error"]  # on validation
     assert abs(float(third[-2][6:].partition("%")[0]) / 100 - (1 - error)) < 0.25
-    assert third[-1] == f"wrote {CLASSIFIER}; next: python cli.py evaluate --classifier '{CLASSIFIER}'"
+    assert third[-1] == f"best weights: {CLASSIFIER}; next: python cli.py evaluate --classifier '{CLASSIFIER}'"
 
 
 def test_printed_commands_run_as_printed_and_pictures_have_100_images(trained: tuple[Result, ...]) -> None:
@@ -332,9 +323,7 @@ def test_the_files_named_are_used_and_without_any_the_shipped_ones(tmp_path: Pat
     named = ["--vqvae", new[0], "--prior", new[1]]
     for options, files in (([], old), (["--prior", old[1]], old), (named, new)):
         assert f"weights: {files[0]} (your run) and {files[1]} (your run)\n" in succeed(*draw, *options).stdout
-    prints = [checkpoint.read_header(files[0], "vqvae").fingerprint[:12] for files in (old, new)]
-    for command in ("sample --mode pixelcnn", "compare", "evaluate"):
-        refuse(command, "--vqvae", new[0], "--prior", old[1], saying=[str(old[1]), *prints, "by --vqvae and --prior"])
+    refuse("compare", "--vqvae", new[0], "--prior", old[1], saying=[str(old[1]), "by --vqvae and --prior"])
     shutil.rmtree("checkpoints")
     refuse("sample --mode gaussian", saying=["found none", "create one with python cli.py train-vqvae"])
     refuse("sample --mode pixelcnn", saying=["found none", "create one with python cli.py train-prior"])
@@ -355,14 +344,10 @@ def test_the_files_named_are_used_and_without_any_the_shipped_ones(tmp_path: Pat
         ("sample --mode pixelcnn --gaussian-input image", "no --gaussian-input with --mode pixelcnn, found image; "),
         ("sample --mode pixelcnn --label 0 --labels 0", "expected --label or --labels, found both; "),
         ("sample --mode pixelcnn --temperature 0", "expected --temperature over 0, found 0; use --top-k 1"),
-        ("sample --mode pixelcnn --label 10", "expected labels in 0..9, found 10; choose others by --labels"),
-        ("sample --mode pixelcnn --labels ''", "found ''; try --labels 0-9"),
         ("reconstruct --num-images 121", "expected --num-images between 1 and 120, found 121; try --num-images 120"),
-        (f"evaluate --classifier '{VQVAE}'", f"at {VQVAE}, found one of stage 'vqvae'"),
         ("sample --mode gaussian --vqvae damaged", "expected a vqvae checkpoint at damaged, found a file that is cut"),
         ("compare --prior damaged", "; create one with python cli.py train-prior"),
         ("train-vqvae --config wrong.toml", "did you mean 'num_epochs'? (the recipe is wrong.toml)"),
-        ("train-prior --config nowhere.toml", "expected a TOML recipe at nowhere.toml, found none"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_flag_or_its_name(command: str, text: str) -> None:
@@ -374,30 +359,6 @@ def test_what_belongs_to_the_prior_is_refused_in_the_gaussian_mode() -> None:
     for flag, value in {**given, "--prior": "nowhere"}.items():
         text = f"expected no {flag} with --mode gaussian, found {value}; leave it out or change the mode"
         refuse("sample --mode gaussian", flag, value, saying=text)
-
-
-@pytest.mark.parametrize(
-    ("flag", "values", "commands"),
-    [
-        ("--device", ["tpu"], COMMANDS),
-        ("--devise", ["cpu"], COMMANDS),
-        ("--seed", [-1, 2**63, "one"], [command for command in COMMANDS if command != "reconstruct"]),
-        ("--batch-size", [0], TRAINERS),
-        ("--num-epochs", [0, "two"], TRAINERS),
-        ("--num-samples", [0], ["sample --mode gaussian", "compare", "evaluate"]),
-        ("--num-images", [0], ["reconstruct"]),
-        ("--mode", ["vae"], ["sample"]),
-        ("--gaussian-input", ["noise"], ["sample --mode gaussian"]),
-        ("--split", ["train"], ["evaluate"]),
-        ("--guidance", [-1, 101], ["sample --mode pixelcnn", "evaluate"]),
-        ("--top-k", [0], ["sample --mode pixelcnn"]),
-        ("--label", [-1], ["sample --mode pixelcnn"]),
-    ],
-)
-def test_a_range_or_choice_is_refused_by_the_command_line(flag: str, values: list[object], commands: list[str]) -> None:
-    for command in commands:
-        for value in values:
-            assert refuse(command, flag, value, saying=flag).startswith("Usage: ")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "sample --mode gaussian"])
@@ -435,7 +396,7 @@ def test_an_output_of_another_kind_is_refused_first_and_so_is_one_that_cannot_be
         refuse(command, "--vqvae=no", "--output=new.jpg", saying=".npz (arrays), found new.jpg; try --output new.png")
     refuse("sample --mode gaussian", place="damaged/s", saying="expected to write damaged/s.npz: ")
     for command in TRAINERS:
-        texts = ["expected to write to damaged/run: ", "name another --output-folder"]
+        texts = ["expected to write damaged/run/", "name another --output-folder"]
         refuse(command, "--device", "cpu", place="damaged/run", saying=texts)
 
 
@@ -479,7 +440,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: Patch) -> None:
 def test_a_signal_ends_in_the_command_to_go_on_with(number: int, monkeypatch: Patch) -> None:
     interrupted = MagicMock(side_effect=Interrupted(number, 7))
     monkeypatch.setattr("prior.train.train_prior", interrupted)
-    monkeypatch.setattr("prior.pair.load_pair", interrupted)
+    monkeypatch.setattr("prior.pair.load", interrupted)
     again = "all of it is saved; go on with: python cli.py train-prior --output-folder 'my run' --resume"
     for flag in ("--overwrite", "--resume"):
         status, _, printed = run("train-prior", flag, "--output-folder", "my run")

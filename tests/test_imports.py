@@ -102,7 +102,7 @@ def test_a_command_imports_only_what_it_needs_and_nothing_from_the_current_folde
     for name in ("torch", "numpy", "typer", "vqvae", "prior", "safetensors", "random"):  # leave a file if imported
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
     pair = ["--vqvae", SHIPPED / "vqvae.safetensors", "--prior", SHIPPED / "prior.safetensors", "--device", "cpu"]
-    needed = {"vqvae.codec", "vqvae.output", "prior.sampling", "prior.pair"}
+    needed = {"vqvae.codec", "vqvae.output", "prior.sampling", "prior.incremental"}
     # torchvision and torch's compiler each take more than a second, half of a cold start.
     needless = {"torchvision", "torch._dynamo", "torch.utils.tensorboard", "prior.train", "vqvae.train"}
     needless |= {"tensorboard", "scipy", "matplotlib", "prior.evaluation"}

@@ -58,7 +58,7 @@ def test_every_file_that_the_readme_links_to_is_there() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_runs_as_written(command: str, copy: Path) -> None:
     """In the README's order: a later command may use what an earlier one wrote."""
-    written = re.findall(r"wrote ([^\s;,]+)", run_in(copy, command))
+    written = re.findall(r"(?:wrote|best weights:) ([^\s;,]+)", run_in(copy, command))
     assert len(written) >= 1
     assert all((copy / name).stat().st_size > 0 for name in written)
 

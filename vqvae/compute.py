@@ -1,4 +1,4 @@
-"""What every computation here needs: the device, memory, a seed, batches, and eval mode."""
+"""What every computation here needs: the device, memory, checked whole numbers, a seed, batches, and eval mode."""
 
 import hashlib
 import math

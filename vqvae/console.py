@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from vqvae.errors import printable
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -27,13 +29,12 @@ class LenientStream:
         self.stream: TextIO | None = stream.stream if isinstance(stream, LenientStream) else stream
 
     def write(self, text: str) -> int:
-        with suppress(BlockingIOError):  # the reader is slow; the next line may find space
-            self._try("write", self._encodable(text))
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._try("write", text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        with suppress(BlockingIOError):
-            self._try("flush")
+        self._try("flush")
 
     def isatty(self) -> bool:
         try:
@@ -41,16 +42,12 @@ class LenientStream:
         except ValueError:  # it is closed
             return False
 
-    def _encodable(self, text: str) -> str:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-
     def _try(self, method: str, *arguments: str) -> None:
         try:
             if self.stream is not None:
                 getattr(self.stream, method)(*arguments)
-        except BlockingIOError:
-            raise
+        except BlockingIOError:  # the reader is slow; the next line may find space
+            pass
         except (OSError, ValueError):  # it is full, its reader is gone, or it was closed
             self._lead_nowhere()
 
@@ -96,8 +93,8 @@ def say(line: str) -> None:
 
 
 def remark(line: str) -> None:
-    """Print a line on standard error: what is no result, and no error either."""
-    _print(line, sys.stderr)
+    """Print a line on standard error, whatever it quotes: what is no result, and no error either."""
+    _print(printable(line), sys.stderr)
 
 
 def progress(total: int, unit: str, *, initial: int = 0, doing: str | None = None) -> "tqdm[Any]":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqvae.errors import InputError
 from vqvae.pictures import save_grid
-from vqvae.storage.files import require_writable_file, write_arrays
+from vqvae.storage.files import require_writable, write_arrays
 
 
 def check_output(output: Path, *, with_original: bool = False) -> Path:
@@ -25,9 +25,9 @@ def check_output(output: Path, *, with_original: bool = False) -> Path:
             f"expected `output` to end in .png (a picture) or .npz (arrays), found {output}; "
             f"try `output={named.with_name(f'{named.stem}.png')}`"
         )
-    require_writable_file(output)
+    require_writable(output)
     if with_original and output.suffix == ".png":
-        require_writable_file(_original(output))
+        require_writable(_original(output))
     return output
 
 

@@ -136,16 +136,18 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, vectors: Tensor) -> None:
-        """Start the codebook from k-means on vectors (N, D), for any N; without any, the start has to wait."""
-        if sum(all_gather(len(vectors))) == 0:
+        """Start the codebook from k-means on vectors (N, D). No more vectors than codes are the codes themselves, and
+        without any the start has to wait."""
+        num_vectors = sum(all_gather(len(vectors)))
+        if num_vectors == 0:
             return
         codes = _draw_rows(vectors, self.num_codes)
-        for _ in range(KMEANS_STEPS):
+        for _ in range(KMEANS_STEPS if num_vectors > self.num_codes else 0):
             chosen = _nearest(vectors, codes)
             counts, sums = (all_reduce_sum(part) for part in _count_and_sum(vectors, chosen, self.num_codes))
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
-        self.codebook.copy_(_apart(codes))
-        self.counts.copy_(counts.mean())
+        self.codebook.copy_(codes)
+        self.counts.fill_(num_vectors / self.num_codes)
         self.sums.copy_(self.codebook * self.counts[:, None])
         self.initialised.fill_(True)
 
@@ -211,24 +213,6 @@ def _nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     blocks = vectors.split(max(MOST_DISTANCES // len(codes), 1))
     with torch.autocast(vectors.device.type, enabled=False):
         return torch.cat([torch.addmm(squares, block - origin, codes.T, alpha=-2).argmin(dim=1) for block in blocks])
-
-
-def _apart(codes: Tensor) -> Tensor:
-    """Codes (K, D) without equal rows: noise moves all but one of those that are equal.
-
-    Codes from equal vectors can end up equal by rounding, in one dimension above all. The noise begins at what
-    rounding leaves of the largest number, and grows until it has parted them.
-    """
-    noise = 64 * torch.finfo(codes.dtype).eps * codes.abs().max().clamp(min=1e-2)
-    numbers = torch.arange(len(codes), device=codes.device)
-    for doublings in range(32):  # far more than it takes, unless the codes are not finite
-        _, kinds = codes.nan_to_num().unique(dim=0, return_inverse=True)
-        first = torch.full_like(numbers, len(codes)).scatter_reduce_(0, kinds, numbers, "amin")
-        again = first[kinds] < numbers
-        if not again.any():
-            break
-        codes = torch.where(again[:, None], codes + broadcast(torch.randn_like(codes)) * noise * 2**doublings, codes)
-    return codes
 
 
 def _count_and_sum(vectors: Tensor, chosen: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a person types: this program's name, a command quoted for a shell, the flags that stand for Python."""
+"""What a person types: this program's name, a command quoted for a shell, flags for Python; and the version to tell."""
 
 import ast
 import os

@@ -10,13 +10,13 @@ from typing import NoReturn
 
 from vqvae.errors import InputError
 
-LINE = "stopped by a signal"
+BY_A_SIGNAL = "stopped by a signal"
 
 
 class Stopped(SystemExit):
     """A signal came. Unlike KeyboardInterrupt, which libraries catch, this passes to the end of the program."""
 
-    def __init__(self, number: int, line: str = LINE) -> None:
+    def __init__(self, number: int, line: str = BY_A_SIGNAL) -> None:
         super().__init__(128 + number)
         self.line = line
 
@@ -58,7 +58,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
             # C code that imports a module may catch an exception, or abort. Nothing is being written: end at once.
             with suppress(OSError):
                 if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-                    os.write(2, f"{LINE}\n".encode())
+                    os.write(2, f"{BY_A_SIGNAL}\n".encode())
             os._exit(128 + number)
         frame = frame.f_back
     raise Stopped(number)

@@ -138,13 +138,7 @@ def first_of_each_class(labels: Tensor, num_samples: int, num_classes: int) -> T
 
 
 def _to_mode(
-    pair: Pair,
-    name: str,
-    title: str,
-    indices: Tensor,
-    labels: Tensor,
-    reference: Tensor,
-    images: Tensor | None = None,
+    pair: Pair, name: str, title: str, indices: Tensor, labels: Tensor, reference: Tensor, images: Tensor | None = None
 ) -> Mode:
     """A mode with its figures.
 

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from prior.codes import extract
 from prior.evaluation.classifier import Classifier, extract_features, load_classifier
-from prior.evaluation.classifier_training import (
-    ClassifierTraining,
-    accuracy_after_training_on,
-    require_trainable,
-)
+from prior.evaluation.classifier_training import ClassifierTraining, accuracy_after_training_on, require_trainable
 from prior.evaluation.figures import (
     extract_codes,
     measure_likelihood,
@@ -40,6 +36,7 @@ from prior.independent import unigram
 from prior.model import GatedPixelCNN
 from prior.pair import Pair
 from prior.sampling import GUIDANCE, check_options
+from vqvae.compute import require_whole
 from vqvae.console import progress, say
 from vqvae.data.dataset import Dataset, DatasetInfo, Split
 from vqvae.distributed import main_first
@@ -91,13 +88,9 @@ def evaluate_pair(
     """
     if split not in ("validation", "test"):
         raise InputError(f"expected `split` to be validation or test, found {split!r}; try `split=test`")
-    guidance = GUIDANCE if guidance is None else guidance
-    check_options(guidance, temperature=1, top_k=None, top_p=1)
-    if num_samples is not None and num_samples < FEWEST_IMAGES:
-        raise InputError(
-            f"expected `num_samples` of at least {FEWEST_IMAGES}, found {num_samples}; try "
-            f"`num_samples={FEWEST_IMAGES}`"
-        )
+    check_options(guidance)
+    if num_samples is not None:
+        require_whole("num_samples", num_samples, FEWEST_IMAGES, remedy=f"try `num_samples={FEWEST_IMAGES}`")
     if accuracy_score:
         require_trainable(pair.info)
     classifier, classifier_header = load_classifier(classifier_file, pair.vqvae.device)
@@ -116,7 +109,7 @@ def evaluate_pair(
         splits,
         num_samples=len(splits[split].images) if num_samples is None else num_samples,
         seed=seed,
-        guidance=guidance,
+        guidance=GUIDANCE if guidance is None else guidance,
     )
     evaluation.figures["origin"] |= {
         "vqvae": pair.vqvae_header.fingerprint,
@@ -155,14 +148,16 @@ def evaluate(
         seed: of what is drawn: the samples, and the images that are measured where there are more.
         guidance: of samples with labels. If it is not 1, samples of guidance 1 are measured too.
     Raises:
-        InputError: `num_samples` or `guidance` is out of range, a split is too small, or the classifier has learned
-            other images or classes.
+        InputError: `num_samples` is out of range, a split is too small, or features are not finite.
     """
     train, (measured_name, measured) = splits["train"], list(splits.items())[-1]
     most = min(len(train.images), len(measured.images))
-    check_options(guidance, temperature=1, top_k=None, top_p=1)
-    require_fitting(classifier, info)
-    _check_num(num_samples, most)
+    if most < FEWEST_IMAGES:
+        raise InputError(
+            f"expected at least {FEWEST_IMAGES} images in each split, found {most}; measure with a larger dataset"
+        )
+    remedy = f"try `num_samples={most}`, the number of images to compare with"
+    require_whole("num_samples", num_samples, FEWEST_IMAGES, most, remedy)
     # The sets are compared with the first training images, as many as there are to measure.
     chosen = {name: choose(split, num_samples, seed) for name, split in {**splits, "train": train.first(most)}.items()}
     reference, held_out = chosen["train"], chosen[measured_name]
@@ -241,9 +236,10 @@ def classification_accuracy_score(
 
 
 def require_fitting(classifier: Classifier, info: DatasetInfo) -> None:
-    """
+    """Refuse a classifier of other images than these.
+
     Raises:
-        InputError: the classifier has learned other images or classes.
+        InputError: it has learned images of another shape, or other classes.
     """
     if classifier.image_shape != info.image_shape:
         raise InputError(
@@ -266,15 +262,3 @@ def _draw(samplers: list[Sampler], vqvae: VQVAE, num: int, seed: int) -> list[Im
             drawn.append(decoded_images(sampler, vqvae, seed, bar.update))
             bar.update(num * len(drawn) - bar.n)  # not every sampler tells, and of several processes each its share
     return drawn
-
-
-def _check_num(num_samples: int, most: int) -> None:
-    if most < FEWEST_IMAGES:
-        raise InputError(
-            f"expected at least {FEWEST_IMAGES} images in each split, found {most}; measure with a larger dataset"
-        )
-    if not FEWEST_IMAGES <= num_samples <= most:
-        raise InputError(
-            f"expected `num_samples` between {FEWEST_IMAGES} and {most}, the number of images to compare with, found "
-            f"{num_samples}; try `num_samples={most}`"
-        )

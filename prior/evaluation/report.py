@@ -18,13 +18,11 @@ from prior.evaluation.tables import Table, as_markdown, as_text, describe_origin
 from prior.pair import Pair
 from vqvae.data.dataset import Dataset
 from vqvae.distributed import is_main
-from vqvae.errors import InputError
 from vqvae.pictures import grid_png
-from vqvae.storage.files import open_checked, read_at_most, require_writable_file, write_atomically
+from vqvae.storage.files import require_writable, write_atomically
 
 FILES = ("metrics.json", "table.txt", "table.md", "report.html")  # in every report, beside the pictures
 NOT_ALWAYS = ("pixelcnn_guided", "pixelcnn_labelled", "pixelcnn_unlabelled")  # sets that only some reports have
-LONGEST_JSON = 2**24  # bytes of a metrics.json that is read
 NUM_SHOWN = 100
 
 PAGE = """<!doctype html>
@@ -91,7 +89,7 @@ def evaluate_and_report(
         InputError: an option is out of range, a file is missing or damaged, or the folder can't be written.
     """
     for name in FILES:
-        require_writable_file(folder / name)  # before the measuring, which takes minutes
+        require_writable(folder / name)  # before the measuring, which takes minutes
     save = partial(write_report, folder=folder)
     evaluation = evaluate_pair(pair, classifier_file, load_dataset, save=save, **options)
     save(evaluation)
@@ -106,7 +104,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     Raises:
         InputError: the folder can't be written.
     """
-    figures, older = evaluation.figures, _sets_of_report(folder)
+    figures, is_report = evaluation.figures, (folder / "metrics.json").exists()
     about, remarks, tables = describe_origin(figures), notes(figures), tabulate(figures)
     texts = {
         "metrics.json": [json.dumps(_finite(figures), indent=2, allow_nan=False)],
@@ -119,10 +117,9 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     for name, picture in pictures.items():
         write_atomically(folder / f"{name}.png", picture.png)
     write_atomically(folder / "report.html", render_page(about, remarks, tables, list(pictures.values())).encode())
-    for name in (older & set(NOT_ALWAYS)) - set(pictures):
-        if is_main():
-            with suppress(OSError):  # a folder of that name, or one that was closed meanwhile
-                (folder / f"{name}.png").unlink()
+    for name in set(NOT_ALWAYS) - set(pictures) if is_report and is_main() else ():
+        with suppress(OSError):  # there is none
+            (folder / f"{name}.png").unlink()
 
 
 def _finite(value: Any) -> Any:
@@ -132,16 +129,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _sets_of_report(folder: Path) -> set[str]:
-    """The names of the sets in the report that lies in a folder. There are none where the file is not of a report."""
-    path = folder / "metrics.json"
-    try:
-        with open_checked(path, "the figures of an evaluation", "delete it") as file:
-            return {str(row["name"]) for row in json.loads(read_at_most(file, LONGEST_JSON))["rows"]}
-    except InputError:
-        return set()
 
 
 def tables_as_text(evaluation: Evaluation) -> str:

@@ -24,6 +24,28 @@ NOTE_ON_FEW = (
     "compares only with that of as many images; FID∞ is left out where there are fewer than four images for each "
     "feature; a small p-value may be chance."
 )
+STAGE_ONE = {
+    "images": "{num_images}",
+    "squared error": "{squared_error:.5f}",
+    "PSNR": "{psnr_db:.2f} dB",
+    "SSIM": "{ssim:.4f}",
+    "perplexity": "{perplexity:.0f}",
+    "codes used": "{codes_used:.0f}",
+}
+LIKELIHOOD = {
+    "split": "{split}",
+    "maps": "{num_maps}",
+    "nats per code": "{nats_per_code:.3f}",
+    "bits per image": "{bits_per_image:.1f}",
+    "unigram": "{unigram:.3f}",
+    "uniform": "{uniform:.3f}",
+    "over unigram": "{over_unigram:.3f}",
+}
+WITHOUT_LABEL = {
+    "maps": "{num_maps}",
+    "nats per code": "{nats_per_code:.3f}",
+    "label by Bayes' rule, accuracy": "{accuracy:.4f}",
+}
 
 
 def tabulate(figures: dict[str, Any]) -> list[Table]:
@@ -31,13 +53,21 @@ def tabulate(figures: dict[str, Any]) -> list[Table]:
     num = figures["origin"]["num_samples"]
     tables = [(f"Sets of {num:,} images against as many training images", _sets(figures["rows"]))]
     if "classification_accuracy_score" in figures:
-        tables.append(("Classification accuracy score", _accuracy_score(figures["classification_accuracy_score"])))
+        score = figures["classification_accuracy_score"]
+        sources = {"samples": score["samples"], "as many real images": score["real"]}
+        rows = [[source, f"{accuracy:.4f}"] for source, accuracy in sources.items()]
+        tables.append(("Classification accuracy score", [["trained on", "accuracy on held-out images"], *rows]))
+    splits = [
+        {**values, "split": name, "over_unigram": values["nats_per_code"] / values["unigram"]}
+        for name, values in figures["likelihood"].items()
+    ]
     tables += [
-        ("Stage one, held-out images", _stage_one(figures["stage_one"])),
-        ("Likelihood", _likelihood(figures["likelihood"])),
+        ("Stage one, held-out images", _formatted(STAGE_ONE, figures["stage_one"])),
+        ("Likelihood", _formatted(LIKELIHOOD, *splits)),
     ]
     if "without_label" in figures:
-        tables.append(("Held-out maps, label unknown to the prior", _without_label(figures["without_label"])))
+        title = "Held-out maps, label unknown to the prior"
+        tables.append((title, _formatted(WITHOUT_LABEL, figures["without_label"])))
     tables.append(("Memorisation", _memorisation(figures["memorisation"])))
     if figures["class_names"]:
         tables += [
@@ -101,49 +131,9 @@ def _at_infinity(value: float | None, error: float | None) -> str:
     return f"< {max(value, 0) + 2 * error:.3f}"
 
 
-def _accuracy_score(score: dict[str, float]) -> Rows:
-    return [
-        ["trained on", "accuracy on held-out images"],
-        ["samples", f"{score['samples']:.4f}"],
-        ["as many real images", f"{score['real']:.4f}"],
-    ]
-
-
-def _stage_one(figures: dict[str, float]) -> Rows:
-    return [
-        ["images", "squared error", "PSNR", "SSIM", "perplexity", "codes used"],
-        [
-            str(figures["num_images"]),
-            f"{figures['squared_error']:.5f}",
-            f"{figures['psnr_db']:.2f} dB",
-            f"{figures['ssim']:.4f}",
-            f"{figures['perplexity']:.0f}",
-            f"{figures['codes_used']:.0f}",
-        ],
-    ]
-
-
-def _likelihood(splits: dict[str, dict[str, float]]) -> Rows:
-    head = ["split", "maps", "nats per code", "bits per image", "unigram", "uniform", "over unigram"]
-    return [head] + [
-        [
-            name,
-            str(values["num_maps"]),
-            f"{values['nats_per_code']:.3f}",
-            f"{values['bits_per_image']:.1f}",
-            f"{values['unigram']:.3f}",
-            f"{values['uniform']:.3f}",
-            f"{values['nats_per_code'] / values['unigram']:.3f}",
-        ]
-        for name, values in splits.items()
-    ]
-
-
-def _without_label(figures: dict[str, float]) -> Rows:
-    return [
-        ["maps", "nats per code", "label by Bayes' rule, accuracy"],
-        [str(figures["num_maps"]), f"{figures['nats_per_code']:.3f}", f"{figures['accuracy']:.4f}"],
-    ]
+def _formatted(columns: dict[str, str], *rows: dict[str, Any]) -> Rows:
+    """A row for each of some figures. The columns are heads, and how the cells below are formatted."""
+    return [[*columns], *([text.format_map(figures) for text in columns.values()] for figures in rows)]
 
 
 def _memorisation(figures: dict[str, Any]) -> Rows:

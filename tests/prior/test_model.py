@@ -10,7 +10,7 @@ from torch import Tensor
 
 import prior.model
 from prior.likelihood import nats_per_code, nats_per_map
-from prior.model import GatedPixelCNN, PriorConfig, layers_needed, load_prior
+from prior.model import GatedPixelCNN, layers_needed, load_prior
 from tests.helpers import CPU, make_info, make_prior, make_vqvae, random_maps, save_model, save_pair
 from vqvae.errors import InputError
 from vqvae.model import load_vqvae
@@ -120,13 +120,6 @@ def test_no_labels_stand_for_no_label_and_unknown_labels_codes_and_shapes_are_er
         network(torch.full((1, 2, 3), network.num_codes))
     with pytest.raises(ValueError, match=r"expected maps of shape \(2, 3\), found \(3, 2\)"):
         network(maps.transpose(1, 2))
-
-
-def test_a_setting_out_of_its_range_is_refused_by_name() -> None:
-    limits = [("width", 0), ("width", 2049), ("num_layers", 0), ("num_layers", 257), ("dropout", -0.1), ("dropout", 1)]
-    for field, value in limits:
-        with pytest.raises(InputError, match=f"`{field}` between .* found {value}"):
-            PriorConfig(**{field: value})
 
 
 def fit(network: GatedPixelCNN, batches: list[Tensor], lr: float) -> None:

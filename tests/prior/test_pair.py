@@ -117,12 +117,6 @@ def test_what_is_no_whole_number_is_refused_by_its_argument(pair: Pair, value: A
                 call()
 
 
-def test_labels_that_are_no_list_are_refused(pair: Pair) -> None:
-    for labels in (3, torch.tensor(3)):
-        with pytest.raises(InputError, match=r"expected a list of `labels`, found .*3.*; try `labels=\[0, 1\]`"):
-            pair.draw(labels=labels)
-
-
 @pytest.mark.parametrize("num", [10**9, 10**12, 2**63 - 1])
 def test_more_samples_than_fit_into_memory_are_refused_by_arithmetic(
     pair: Pair, num: int, monkeypatch: pytest.MonkeyPatch
@@ -191,12 +185,12 @@ def test_without_classes_the_default_guidance_is_1(tmp_path: Path) -> None:
     assert pair.complete(images(2), 1).shape == (2, *IMAGE_SHAPE)
 
 
-def test_a_draw_of_nothing_is_refused(pair: Pair) -> None:
+def test_labels_that_are_none_or_no_list_are_refused(pair: Pair) -> None:
     with pytest.raises(InputError, match="expected at least one label, found none; leave `labels` out"):
         pair.draw(labels=[])
-    for labels in (None, [1]):
-        with pytest.raises(InputError, match="expected `num_samples` of at least 1, found 0"):
-            pair.draw(0, labels=labels)
+    for labels in (3, torch.tensor(3)):
+        with pytest.raises(InputError, match=r"expected a list of `labels`, found .*3.*; try `labels=\[0, 1\]`"):
+            pair.draw(labels=labels)
 
 
 def test_images_in_0_to_1_go_through_stage_one_and_back(pair: Pair) -> None:
@@ -217,15 +211,10 @@ def test_images_out_of_range_or_shape_are_a_value_error(pair: Pair, method: str)
             getattr(pair, method)(wrong, *([1] if method == "complete" else []))
 
 
-def test_maps_of_another_shape_type_or_range_are_a_value_error(pair: Pair) -> None:
+def test_maps_that_no_image_has_are_a_value_error(pair: Pair) -> None:
     maps = pair.encode(images(2))
-    for wrong, found in (
-        (maps.transpose(1, 2), "found torch.int64 of shape (2, 3, 4)"),
-        (maps.float(), "found torch.float32 of shape (2, 4, 3)"),
-        (maps * 0 + 16, "found 16 to 16"),
-        (maps * 0 - 1, "found -1 to -1"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(found)):
+    for wrong, found in ((maps.transpose(1, 2), r"of shape \(2, 3, 4\)"), (maps * 0 - 1, "found -1 to -1")):
+        with pytest.raises(ValueError, match=found):
             pair.decode(wrong)
 
 

@@ -14,7 +14,7 @@ from prior.codes import Codes, extract
 from prior.independent import baselines
 from prior.likelihood import nats_per_code
 from prior.model import GatedPixelCNN, PriorConfig, load_prior
-from prior.pair import load_pair
+from prior.pair import load
 from prior.train import PriorTask, PriorTraining, drop_labels, evaluate_prior, summarise, train_prior
 from tests.helpers import CPU, FIXTURE, make_codes, make_dataset, make_prior, make_split, make_vqvae, mnist, save_model
 from vqvae.compute import derive_seed
@@ -117,7 +117,7 @@ def test_any_dataset_trains_and_samples(image_shape: tuple[int, int, int], num_c
     task = make_task(tmp_path, dataset, training)
     before = task.evaluate()["nats_per_code"]
     fit(task, training, Run(tmp_path / "run", 0, task.settings))
-    pair = load_pair(tmp_path / "vqvae.safetensors", tmp_path / "prior.safetensors", "cpu")
+    pair = load(tmp_path / "vqvae.safetensors", tmp_path / "prior.safetensors", "cpu")
     assert pair.info == dataset.info
     assert pair.prior_header.metrics["nats_per_code"] < before
     samples = pair.draw(3)

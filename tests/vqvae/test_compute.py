@@ -1,4 +1,3 @@
-import os
 from contextlib import suppress
 
 import pytest
@@ -13,7 +12,6 @@ from vqvae.compute import (
     multiplies_bfloat16,
     pick_device,
     require_memory,
-    require_memory_to_train,
     seed_globally,
 )
 from vqvae.errors import InputError
@@ -86,17 +84,6 @@ def test_eval_mode_records_no_gradients_and_restores_every_mode_after_an_error_t
                 raise KeyError
         assert [module.training for module in modules] == modes
         assert model(torch.zeros(1, 2)).requires_grad
-
-
-def test_a_network_that_cannot_be_trained_in_this_memory_is_refused_before_it_is_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "sysconf", lambda name: 2**15)  # 1 GiB
-    assert require_memory_to_train(lambda: nn.Linear(2**13, 2**13 - 1), 7) is None  # 16 bytes a weight, 2**26 of them
-    with pytest.raises(
-        InputError, match="expected `width` for which 1 GiB of memory are enough, found 7, which needs 2;"
-    ):
-        require_memory_to_train(lambda: nn.Linear(2**13, 2**13), 7)
 
 
 def test_memory_that_cannot_be_had_is_refused_by_the_name_of_the_argument() -> None:

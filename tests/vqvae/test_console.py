@@ -77,13 +77,9 @@ def test_progress_is_a_line_now_and_then_without_a_terminal_and_none_if_it_is_tu
 
 
 def test_a_standard_stream_that_is_closed_is_not_taken_by_a_file(tmp_path: Path) -> None:
-    lines = ["import vqvae.console", "vqvae.console.guard_streams()", "file = open('data', 'wb')", "print('told')"]
-    lines += [
-        "import sys",
-        "sys.stderr.write('told')",
-        "assert file.fileno() > 2",
-        "assert not hasattr(sys.stdout, 'buffer')",
-    ]
+    lines = ["import sys, vqvae.console", "vqvae.console.guard_streams()", "file = open('data', 'wb')"]
+    lines += ["print('told')", "sys.stderr.write('told')", "assert file.fileno() > 2"]
+    lines += ["assert not hasattr(sys.stdout, 'buffer')"]
     command = f'"{sys.executable}" -c "$PROGRAM" <&- >&- 2>&-'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PROGRAM": "\n".join(lines)}
     subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
@@ -94,10 +90,9 @@ def test_quiet_turns_progress_off_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "0")
-    be_quiet(False)
-    assert not progress(3, "step").disable
-    be_quiet(True)
-    assert progress(3, "step").disable
+    for quiet in (False, True):
+        be_quiet(quiet)
+        assert progress(3, "step").disable == quiet
     remark("a remark")
     say("a result")
-    assert "".join(capsys.readouterr()) == "a result\na remark\n"
+    assert capsys.readouterr() == ("a result\n", "a remark\n")

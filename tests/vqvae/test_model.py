@@ -95,20 +95,6 @@ def test_the_settings_reach_the_network() -> None:
     assert (layer.codebook.shape, layer.learning, layer.decay) == ((10, 6), "ema", 0.7)
 
 
-LIMITS = [("code_dim", 1, 1024), ("num_codes", 2, 32767), ("width", 4, 2048), ("ema_decay", 0, 0.99999)]
-LIMITS += [("num_encoder_blocks", 0, 64), ("num_decoder_blocks", 0, 64)]
-OF_TRAINING = [("beta", 0.1, 2), ("prediction_weight", 0, 10), ("lr", 1e-8, 1)]
-
-
-@pytest.mark.parametrize(("name", "low", "high"), [*LIMITS, *OF_TRAINING])
-def test_a_setting_out_of_range_is_refused_by_name(name: str, low: float, high: float) -> None:
-    make = VQVAEConfig if (name, low, high) in LIMITS else VQVAETraining
-    assert [getattr(make(**{name: value}), name) for value in (low, high)] == [low, high]
-    for value in (low - 1e-5, high + 1e-5, float("nan")):
-        with pytest.raises(InputError, match=f"expected `{name}` between {low:g} and {high}, found "):
-            make(**{name: value})
-
-
 @both_ways
 def test_the_gradient_at_the_decoders_input_is_the_gradient_at_the_encoders_output(learning: str) -> None:
     model, x = make_varied(learning)

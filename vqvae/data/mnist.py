@@ -60,7 +60,7 @@ def _read(raw: Path, download: bool) -> dict[str, Tensor]:
     sums = read_sums(raw / "MD5SUMS")
     arrays = read_arrays(raw, sums)
     if len(arrays) < len(MNIST_MD5) and download:
-        fetch(raw, sums, IMAGE_SIDE, NUM_CLASSES)
+        fetch(raw, sums)
         arrays = read_arrays(raw, sums)
     if missing := [name for name in MNIST_MD5 if name not in arrays]:
         raise missing_files(raw, missing, "they were removed again" if download else "`download=False` was given")

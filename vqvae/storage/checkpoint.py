@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -28,19 +28,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vqvae.errors import InputError
-from vqvae.storage.files import open_checked, read_at_most, write_atomically
+from vqvae.storage.files import open_checked, write_atomically
 from vqvae.storage.tensors import TensorFile
 
 FORMAT_VERSION = 2
-HEADER_TYPES = {
-    "stage": str,
-    "config": dict,
-    "data": dict,
-    "recipe": dict,
-    "metrics": dict,
-    "fingerprint": str,
-    "vqvae_fingerprint": str | None,
-}
 CHECKSUM_LENGTH = 64  # a SHA-256 in hexadecimal, at the end of a resume state
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,9 +74,7 @@ def save(
     )
     fields = asdict(header)
     text = json.dumps({**fields, "checksum": _checksum(fields)})
-    content = to_safetensors(tensors, metadata={"header": text})
-    if not _is_at(path, content):  # a run that is resumed saves its last best weights once more
-        write_atomically(path, content)
+    write_atomically(path, to_safetensors(tensors, metadata={"header": text}))
     return header
 
 
@@ -161,7 +150,12 @@ def _open(path: Path, stage: str) -> Iterator[tuple[Header, TensorFile]]:
                 f"expected format version {FORMAT_VERSION} in {path}, found {str(version)[:20]}; "
                 f"train it anew with `train_{stage}()`"
             )
-        header = _to_header(fields)
+        if fields.pop("checksum") != _checksum(fields):
+            raise ValueError("its header is not the one that was written")
+        header = Header(**fields)
+        for name, kind in get_type_hints(Header).items():
+            if not isinstance(getattr(header, name), get_origin(kind) if get_origin(kind) is dict else kind):
+                raise TypeError(f"{name} of its header is of type {type(getattr(header, name)).__name__}")
         if header.stage != stage:
             raise InputError(
                 f"expected a {stage} checkpoint at {path}, found one of stage {header.stage[:20]!r}; name another file"
@@ -212,29 +206,6 @@ def load_resume_state(path: Path) -> dict[str, Any]:
         if type(state) is not dict:
             raise TypeError(f"it holds a {type(state).__name__} and no dictionary")
     return state
-
-
-def _to_header(fields: dict[str, Any]) -> Header:
-    """The header with these JSON fields.
-
-    Raises:
-        One of `MALFORMED`: the fields are not those that were written.
-    """
-    if fields.pop("checksum") != _checksum(fields):
-        raise ValueError("its header is not the one that was written")
-    header = Header(**fields)
-    for name, kind in HEADER_TYPES.items():
-        if not isinstance(getattr(header, name), kind):
-            raise TypeError(f"{name} of its header is of type {type(getattr(header, name)).__name__}")
-    return header
-
-
-def _is_at(path: Path, content: bytes) -> bool:
-    try:
-        with open_checked(path, "a checkpoint", "write it") as file:
-            return read_at_most(file, len(content)) == content
-    except InputError:
-        return False
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:

@@ -7,45 +7,22 @@ of one sentence.
 import errno
 import io
 import os
-import pickle
 import stat
-import struct
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
 
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError
 
-# What the parsers of JSON, TOML, IDX, safetensors, gzip, zip and pickle raise for bytes that they do not expect.
-MALFORMED = (
-    ArithmeticError,  # a number is too large
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,  # the file asks for more memory than there is
-    OSError,
-    RuntimeError,  # the content is nested too deeply; torch raises it for everything
-    SafetensorError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
+ANOTHER_PLACE = "name a place that can be written"
 SCRATCH = ".partial"  # the suffix of a file that is still being written; a killed process leaves such a file behind
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some file systems
-NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # a name that leads to no file
+NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)  # a name that leads to no file
 # A virus scanner, or another program that holds a file open, refuses a rename for a moment.
 RENAME_WAITS_S = (0.1, 0.2, 0.4, 0.6, 0.7)
 
@@ -54,8 +31,8 @@ RENAME_WAITS_S = (0.1, 0.2, 0.4, 0.6, 0.7)
 def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
     """The file at `path`, opened for a parser that runs inside the `with` block.
 
-    An exception that the parser raises for malformed bytes becomes an `InputError`. An `InputError` that is raised
-    inside the block passes through unchanged.
+    Whatever the parser raises becomes an `InputError`, because for bytes that it does not expect a parser may raise
+    anything. An `InputError` that is raised inside the block passes through unchanged.
 
     Args:
         expected: what the file should be, with its article.
@@ -65,15 +42,13 @@ def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
         InputError: it is not a regular file, it cannot be read, or the parser refuses its bytes.
     """
     try:
-        with open(path, "rb", opener=_open_without_blocking) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"expected {expected} at {path}, found a pipe or a device; {remedy}")
+        with open(path, "rb", opener=open_regular) as file:
             yield file
-    except InputError:  # a ValueError, which MALFORMED would catch
+    except InputError:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"expected {expected} at {path}, found none; {remedy}") from None
-    except MALFORMED as error:
+    except Exception as error:
         found = f"a file that is cut short, damaged or of another kind ({_summary(error)})"
         if isinstance(error, OSError) and error.strerror:  # the operating system raised it, not a parser
             found = f"what can't be read: {error.strerror}"
@@ -94,6 +69,22 @@ def read_at_most(file: IO[bytes], limit: int) -> bytes:
     return content
 
 
+def open_regular(path: str, flags: int) -> int:
+    """What `open` takes as its `opener`, to refuse whatever is no regular file.
+
+    Raises:
+        OSError: it cannot be opened, or it is a folder, a pipe or a device.
+    """
+    # Without this flag, opening a pipe waits until somebody writes to it, which may never happen.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _require_regular(os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 @contextmanager
 def refusals(expected: str, remedy: str) -> Iterator[None]:
     """Turn what the operating system refuses inside the `with` block into an `InputError`."""
@@ -101,9 +92,9 @@ def refusals(expected: str, remedy: str) -> Iterator[None]:
         yield
     except InputError:  # a ValueError
         raise
-    except (OSError, ValueError) as error:  # ValueError: the name holds a null character
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise InputError(f"{expected}: {reason or error}; {remedy}") from None
+    # ValueError: the name holds a null character. NotImplementedError: the file system has no locks.
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{expected}: {getattr(error, 'strerror', None) or error}; {remedy}") from None
 
 
 def named(folder: Path) -> str:
@@ -111,47 +102,26 @@ def named(folder: Path) -> str:
     return "the current folder" if folder == Path() else str(folder)
 
 
-def require_writable(folder: Path) -> None:
-    """Refuse a folder in which no file can be written. Nothing is made, and nothing stays.
-
-    A folder that does not exist yet is judged by the nearest existing one above it.
-
-    Raises:
-        InputError: no file can be written in it, or it is no folder.
-    """
-    with refusals(f"expected to write to {named(folder)}", "name another `output_folder`"):
-        _try_to_write(_nearest_existing(Path(os.path.realpath(folder))))
-
-
-def require_writable_file(path: Path) -> None:
+def require_writable(path: Path, remedy: str = ANOTHER_PLACE) -> None:
     """Refuse a file that `write_atomically` could not write. Nothing is made, and nothing stays.
 
+    Where its folder does not exist yet, the nearest existing one above it is tried.
+
+    Args:
+        remedy: what the user can do.
     Raises:
         InputError: something other than a file is there, or no file can be written in its folder.
     """
-    with refusals(f"expected to write {path}", "name a place that can be written"):
+    with refusals(f"expected to write {path}", remedy):
         target = _target(path)
         nearest = _nearest_existing(target)
-        _try_to_write(nearest.parent if nearest == target else nearest)
-
-
-def open_regular(path: str, flags: int) -> int:
-    """Open a file that must be a regular one: a pipe would make the run wait, and a device is nobody's log."""
-    descriptor = _open_without_blocking(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is a pipe or a device", path)
-    return descriptor
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents, unless they exist.
-
-    Raises:
-        InputError: the folder cannot be made.
-    """
-    with refusals(f"expected to write to {path}", "name another folder"):
-        path.mkdir(parents=True, exist_ok=True)
+        folder = nearest.parent if nearest == target else nearest
+        scratch = folder / f".{os.urandom(8).hex()}{SCRATCH}"
+        try:
+            scratch.write_bytes(b"x")  # a full disk may still take an empty file
+        finally:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -167,7 +137,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     if not is_main():
         return
-    with refusals(f"expected to write {path}", "name a place that can be written"):
+    with refusals(f"expected to write {path}", ANOTHER_PLACE):
         target = _target(path)
         for folder in (path.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -202,19 +172,10 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _open_without_blocking(path: str, flags: int) -> int:
-    # Without this flag, opening a pipe waits until somebody writes to it, which may never happen.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
 def _summary(error: BaseException) -> str:
-    """The type of an error and the first line of its text.
-
-    Characters that do not print are left out, because a hostile file could use them to control the terminal.
-    """
-    first_line = (str(error).splitlines() or [""])[0]
-    shown = "".join(character for character in first_line if character.isprintable())[:200]
-    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+    """The type of an error and the first line of its text."""
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 def _target(path: Path) -> Path:
@@ -225,12 +186,15 @@ def _target(path: Path) -> Path:
     """
     target = Path(os.path.realpath(path))
     with suppress(FileNotFoundError):
-        mode = target.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "It is a pipe or a device")
+        _require_regular(target.stat().st_mode)
     return target
+
+
+def _require_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.ENXIO, "It is a pipe or a device")
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -239,32 +203,14 @@ def _nearest_existing(path: Path) -> Path:
     Raises:
         OSError: it is not to be reached, or a name in the rest of the path cannot exist there.
     """
-    missing: list[str] = []
-    while True:
-        try:
-            path.stat()
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            missing.append(path.name)
-            path = path.parent
-    for name in missing:
+    for nearest in (path, *path.parents):
         with suppress(FileNotFoundError, NotADirectoryError):
-            (path / name).lstat()  # tells of a name that is too long
-    return path
-
-
-def _try_to_write(folder: Path) -> None:
-    """Write a file in a folder, and delete it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    scratch = folder / f".{os.urandom(8).hex()}{SCRATCH}"
-    try:
-        scratch.write_bytes(b"x")  # a full disk may still take an empty file
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
+            nearest.stat()
+            break
+    for name in path.relative_to(nearest).parts:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            (nearest / name).lstat()  # tells of a name that is too long
+    return nearest
 
 
 def _flush_to_disk(descriptor: int) -> None:

@@ -16,19 +16,12 @@ from vqvae.console import remark
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError, printable
 from vqvae.storage.checkpoint import Header, read_header
-from vqvae.storage.files import (
-    NOT_SUPPORTED,
-    SCRATCH,
-    named,
-    open_regular,
-    refusals,
-    require_writable,
-    require_writable_file,
-)
+from vqvae.storage.files import NOT_SUPPORTED, SCRATCH, named, open_regular, refusals, require_writable
 from vqvae.storage.shipped import SHIPPED
 
 RUNS = Path("checkpoints")
 LOGS = ("events.out.tfevents*", "metrics.jsonl")  # in a run's folder; without the rest they are somebody's all the same
+ANOTHER_FOLDER = "name another `output_folder`"
 # Where there are no locks, newer versions of filelock take a file's being there for one. A killed run leaves it there.
 NO_MARKERS: dict[str, Any] = (
     {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
@@ -74,7 +67,7 @@ def _folder_lock(output_folder: Path, stage: str, resume: bool, overwrite: bool)
         yield
         return
     folder = output_folder / stage
-    with refusals(f"expected to write to {named(output_folder)}", "name another `output_folder`"):
+    with refusals(f"expected to write to {named(output_folder)}", ANOTHER_FOLDER):
         _require_free(output_folder, stage, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0, **NO_MARKERS)
@@ -169,20 +162,17 @@ def _require_free(output_folder: Path, stage: str, resume: bool, overwrite: bool
         raise InputError("expected `resume=True` or `overwrite=True`, found both; choose one of them")
     folder, weights = output_folder / stage, weights_file(output_folder, stage)
     resume_file = folder / "resume.pt"
-    for place in (output_folder, folder):
-        require_writable(place)
+    for file in (weights, resume_file):
+        require_writable(file, ANOTHER_FOLDER)
     if is_shipped(weights):
         raise InputError(
             f"expected an `output_folder` of your own, found {named(output_folder)}, which holds the shipped weights; "
             f"name another"
         )
-    for file in (weights, resume_file):
-        require_writable_file(file)
     # The weights are read at the end of a run, and the log is opened at its first save.
     for file, flags, task in ((weights, os.O_RDONLY, "read"), (folder / "metrics.jsonl", os.O_RDWR, "write")):
-        with refusals(f"expected to {task} {file}", "mend that, or name another `output_folder`"):
-            with suppress(FileNotFoundError):
-                os.close(open_regular(str(file), flags))
+        with refusals(f"expected to {task} {file}", f"mend that, or {ANOTHER_FOLDER}"), suppress(FileNotFoundError):
+            os.close(open_regular(str(file), flags))
     logs = (log for pattern in LOGS for log in folder.glob(pattern))
     found = [*(file for file in (resume_file, weights) if file.exists()), *islice(logs, 1)]
     if resume and resume_file not in found:
@@ -214,7 +204,7 @@ def _acquire(lock: BaseFileLock, output_folder: Path, stage: str) -> None:
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in NOT_SUPPORTED:
             raise
-        remark(f"{printable(named(output_folder))} cannot be locked; see that no other process trains there")
+        remark(f"{named(output_folder)} cannot be locked; see that no other process trains there")
 
 
 def _newest(stage: str) -> Path:
@@ -231,7 +221,7 @@ def _readable(stage: str) -> Iterator[tuple[Path, Header]]:
         except MissingFileError:  # it has just vanished, or nothing was shipped
             continue
         except InputError:
-            remark(f"left out {printable(str(path))}, which cannot be read as a {stage} checkpoint of this version")
+            remark(f"left out {path}, which cannot be read as a {stage} checkpoint of this version")
             continue
         yield path, header
 
@@ -252,7 +242,7 @@ def _own(stage: str) -> list[Path]:
         except (FileNotFoundError, NotADirectoryError):  # a run of another stage, or no run
             continue
         except OSError as error:
-            remark(f"left out {printable(str(path))}, which cannot be read: {error.strerror}")
+            remark(f"left out {path}, which cannot be read: {error.strerror}")
     return [path for _, path in sorted(found, reverse=True) if not is_shipped(path)]
 
 

@@ -22,8 +22,8 @@ MAX_TABLE = 2**24  # bytes; ten times what the largest network's names take
 class TensorFile:
     """A safetensors file whose table has been read, and whose tensors have not.
 
-    Raises:
-        One of `files.MALFORMED`: it is another kind of file, or it is cut short.
+    It is made and read inside `files.open_checked`, because any exception may say that the file is another kind of file
+    or is cut short.
     """
 
     def __init__(self, file: BinaryIO) -> None:

@@ -24,7 +24,6 @@ from vqvae.distributed import is_main
 from vqvae.storage.files import open_regular
 
 EVENTS = "events.out.tfevents."  # how the names of TensorBoard's files begin
-MAX_LINE = 2**20  # bytes of a line of `metrics.jsonl`, which has a kilobyte or two
 
 
 class RunLog:
@@ -46,7 +45,7 @@ class RunLog:
         self.jsonl = folder / "metrics.jsonl"
         self.jsonl.touch()
         with open(self.jsonl, "r+b", opener=open_regular) as file:
-            kept = [] if first_step == 0 else [line for line in _lines(file) if _step(line) < first_step]
+            kept = [] if first_step == 0 else [line for line in file if _step(line) < first_step]
             file.seek(0)
             file.write(b"".join(kept))
             file.truncate()
@@ -64,9 +63,8 @@ class RunLog:
             return
         for name, value in values.items():
             self._add(Event(step=step, summary=summary.scalar(name, value)))
-        with open(
-            self.jsonl, "r+b", opener=open_regular
-        ) as file:  # not "a", which makes it: a folder that is gone is told
+        # Not opened by "a", which would make it, so that a folder that is gone is told.
+        with open(self.jsonl, "r+b", opener=open_regular) as file:
             file.seek(0, os.SEEK_END)
             file.write(json.dumps({"step": step, **values}).encode() + b"\n")
 
@@ -84,16 +82,13 @@ class RunLog:
             definition, _ = graph(model, example)
         self._add(Event(graph_def=definition.SerializeToString()))
 
-    def close(self) -> None:
-        if self.events is not None:
-            with suppress(OSError):  # all is written; what was not has been told
-                self.events.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self.events is not None:
+            with suppress(OSError):  # all is written; what was not has been told
+                self.events.close()
 
     def _add(self, event: Event) -> None:
         assert self.events is not None
@@ -109,13 +104,11 @@ def _name_after(files: list[Path]) -> str:
     return f"{EVENTS}{max([int(time.time()), *(int(match[1]) + 1 for match in found if match)]):010d}"
 
 
-def _lines(file: BinaryIO) -> list[bytes]:
-    """The whole lines. The last one may have been cut off, and a line of somebody else may have any length."""
-    return [line for line in iter(lambda: file.readline(MAX_LINE), b"") if line.endswith(b"\n")]
-
-
 def _step(line: bytes) -> float:
-    """The step of a line of `metrics.jsonl`. A damaged line has step infinity, so that it is dropped."""
+    """The step of a line of `metrics.jsonl`. A line that is damaged, or was cut off, has step infinity, so that it is
+    dropped."""
+    if not line.endswith(b"\n"):
+        return math.inf
     try:
         return float(json.loads(line)["step"])
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):

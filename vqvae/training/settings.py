@@ -44,10 +44,7 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimize
     weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     decayed = weights if training.weight_decay > 0 else set()  # one group is faster than two
     groups = [
-        {
-            "params": [p for p in model.parameters() if id(p) in decayed],
-            "weight_decay": training.weight_decay,
-        },
+        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": training.weight_decay},
         {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr, fused=True)

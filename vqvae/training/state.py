@@ -42,18 +42,32 @@ def load_state(
             epochs are done than `training.num_epochs`. Model and optimiser are then unchanged.
     """
     state = load_resume_state(file)
+    epoch_steps = math.ceil(num_samples / training.batch_size)
+    # In the order by which the optimiser's state numbers them.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        _check(state, settings, training, model, optimizer, num_samples)
+        _require(state.keys() == KEYS, "other data")
+        _check_settings(state["settings"], settings)
+        step, best, figures = state["step"], state["best"], state["figures"]
+        _require(_is_count(step, 1), "a number of steps that is none")
+        position = step % epoch_steps
+        _check_model(state["model"], model)
+        _check_optimizer(state["optimizer"], parameters, step)
+        _check_averages(state["averages"], position, min(position * training.batch_size, num_samples))
+        # Before the first evaluation the best is infinity.
+        _require(type(best) is float and (math.isfinite(best) if step >= epoch_steps else best == math.inf), "no best")
+        _require(_are_scalars(figures), "figures that are none")
+        _require(not figures or (position == 0 and best in figures.values()), "figures of another epoch")
+        _check_log(state["log_from"], state["unlogged"], step, epoch_steps)
     except _Foreign as found:
         raise InputError(f"expected this run's state in {file}, found {found}; {ANEW}") from None
-    epochs_done = state["step"] / math.ceil(num_samples / training.batch_size)
-    if epochs_done > training.num_epochs:
+    if step > training.num_epochs * epoch_steps:
         raise InputError(
             f"expected a run of at most {training.num_epochs} epochs in {file}, found one that has done "
-            f"{epochs_done:.4g}; resume with a larger `num_epochs`"
+            f"{step / epoch_steps:.4g}; resume with a larger `num_epochs`"
         )
     model.load_state_dict(dict(state["model"]))
-    for i, parameter in enumerate(_parameters(optimizer)):
+    for i, parameter in enumerate(parameters):
         for name in MOMENTS & state["optimizer"].get(i, {}).keys():  # two tensors of a file may share their memory
             state["optimizer"][i][name] = torch.empty_like(parameter).copy_(state["optimizer"][i][name])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
@@ -69,30 +83,6 @@ def require_same_losses(averages: Mapping[str, Any], losses: Mapping[str, Any], 
     known = averages.keys() - {"num"}
     if known and known != losses.keys():
         raise InputError(f"expected this run's state in {file}, found averages of other losses; {ANEW}")
-
-
-def _check(
-    state: Mapping[Any, Any],
-    settings: Mapping[str, Any],
-    training: Training,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    num_samples: int,
-) -> None:
-    epoch_steps = math.ceil(num_samples / training.batch_size)
-    _require(state.keys() == KEYS, "other data")
-    _check_settings(state["settings"], settings)
-    step, best, figures = state["step"], state["best"], state["figures"]
-    _require(_is_count(step, 1), "a number of steps that is none")
-    position = step % epoch_steps
-    _check_model(state["model"], model)
-    _check_optimizer(state["optimizer"], _parameters(optimizer), step)
-    _check_averages(state["averages"], position, min(position * training.batch_size, num_samples))
-    # Before the first evaluation the best is infinity.
-    _require(type(best) is float and (math.isfinite(best) if step >= epoch_steps else best == math.inf), "no best")
-    _require(_are_scalars(figures), "figures that are none")
-    _require(not figures or (position == 0 and best in figures.values()), "figures of another epoch")
-    _check_log(state["log_from"], state["unlogged"], step, epoch_steps)
 
 
 def _require(holds: bool, found: str) -> None:
@@ -117,11 +107,6 @@ def _check_model(saved: Any, model: nn.Module) -> None:
     _require(isinstance(saved, dict) and saved.keys() == expected.keys(), "another network's")
     for name, tensor in expected.items():
         _require(_fits(saved[name], tensor), f"another network's {name}")
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters, in the order by which an optimiser's state numbers them."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _check_optimizer(saved: Any, parameters: list[Tensor], step: int) -> None:

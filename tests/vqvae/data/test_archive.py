@@ -2,11 +2,9 @@
 
 import gzip
 import hashlib
-import pickle
-import tracemalloc
 import zipfile
-from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError
 from struct import pack
 from unittest.mock import patch
 
@@ -45,7 +43,7 @@ def read(opcodes: bytes) -> Parts:
     """Read a pickle as if it were the fallback archive's, whose hash fits."""
     packed = gzip.compress(opcodes, 1, mtime=0)
     with patch.object(archive, "FALLBACK_SHA256", hashlib.sha256(packed).hexdigest()):
-        return read_fallback_archive(packed, 28, 10)
+        return read_fallback_archive(packed)
 
 
 @pytest.mark.parametrize("factor", [1, 1 - 1e-6])  # with pixels that were stored a little off, too
@@ -55,48 +53,17 @@ def test_the_archive_gives_back_every_byte(factor: float) -> None:
     assert {array.dtype for part in found for array in part} == {np.dtype(np.uint8)}
 
 
-def test_nothing_runs_in_an_archive_with_code_or_another_hash(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    content = b"cos\nmkdir\n(V" + bytes(mark) + b"\ntR."
-    with pytest.raises(InputError, match=r"expected .*mnist.pkl.gz of .*, found .*asks for os.mkdir; not loaded"):
-        read(content)
-    packed = gzip.compress(content)
+def test_an_archive_of_another_hash_is_not_read() -> None:
+    packed = gzip.compress(GOOD)
     found = hashlib.sha256(packed).hexdigest()
-    with pytest.raises(InputError, match=f"with SHA-256 {archive.FALLBACK_SHA256}, found {found}; put the"):
-        read_fallback_archive(packed, 28, 10)
-    assert not mark.exists()
-    pickle.loads(content)
-    assert mark.exists()  # it would have worked
+    with pytest.raises(InputError, match=f"with SHA-256 {archive.FALLBACK_SHA256}, found {found}; put the four MNIST"):
+        read_fallback_archive(packed)
 
 
-@pytest.mark.parametrize(
-    ("opcodes", "message"),
-    [
-        (b"(ios\nsystem\n.", "asks for os.system; not loaded"),
-        (b"cnumpy\nload\n(U\x01xtR.", "asks for numpy.load; not loaded"),
-        (b"\x80\x02cnumpy\nndarray.tofile\n.", "asks for numpy.ndarray.tofile; not loaded"),
-        (b"\x80\x02\x82\x01.", ""),  # a registered extension
-        (b"U\x01xQ.", ""),  # a persistent name
-        (b"cnumpy\ndtype\n(U\x01OK\x00K\x01tR.", ""),  # of objects, which would be pointers in the data
-        (b"T\xff\xff\xff\x7f", "longer than"),  # a string of two gigabytes
-        (b"Nr\x00\x00\x00\x04.", ""),  # the 67 millionth place of the memo: a gigabyte, in a list
-        (GOOD.replace(b"U\x01<NNN", b"U\x01>NNN"), "numbers of another byte order"),
-        (GOOD.replace(pack("<f", 255 / 256), pack("<f", 1)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<f", 1 / 256), pack("<f", -1e-9)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<q", 9), pack("<q", 10)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<q", 9), pack("<q", -1)), "pixels or labels out of range"),
-        (GOOD.replace(pack("<i", 784) + b"t", pack("<i", 392) + b"J" + pack("<i", 2) + b"t"), "other types or shapes"),
-    ],
-    ids=count(),
-)
-def test_any_other_pickle_is_refused(monkeypatch: Patch, opcodes: bytes, message: str) -> None:
-    monkeypatch.setattr(archive, "MAX_UNPACKED", 2**20)
-    tracemalloc.start()
-    with pytest.raises(InputError, match=f"expected .*, found .*{message}.*; put the four MNIST files in place"):
-        read(opcodes)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2**26  # no memory is taken
+@pytest.mark.parametrize("opcodes", [b"(ios\nsystem\n.", b"cnumpy\nload\n(U\x01xtR.", b"cnumpy\nndarray.tofile\n."])
+def test_a_pickle_makes_arrays_and_nothing_else(opcodes: bytes) -> None:
+    with pytest.raises(UnpicklingError, match=r"it asks for .*; not loaded"):
+        read(b"\x80\x02" + opcodes)
 
 
 def make_wheel(folder: Path, content: bytes, member: str = archive.FALLBACK_MEMBER) -> Path:

@@ -1,13 +1,9 @@
 import errno
 import io
 import os
-import pickle
 import resource
 import stat
-import struct
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +12,10 @@ from safetensors import SafetensorError
 
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage import files
-from vqvae.storage.files import (
-    SCRATCH,
-    make_folder,
-    open_checked,
-    read_at_most,
-    require_writable,
-    require_writable_file,
-    write_arrays,
-    write_atomically,
-)
+from vqvae.storage.files import SCRATCH, open_checked, read_at_most, require_writable, write_arrays, write_atomically
 
 Patch = pytest.MonkeyPatch
 OLD, NEW = b"the last good file", b"n" * 100_000
-PARSERS_ERRORS = (OverflowError, AssertionError, AttributeError, EOFError, KeyError, IndexError, MemoryError, OSError)
-PARSERS_ERRORS += (RuntimeError, RecursionError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError)
-PARSERS_ERRORS += (struct.error, zipfile.BadZipFile, zlib.error)
 
 
 @pytest.fixture
@@ -103,46 +87,35 @@ def test_a_write_ends_in_its_middle(path: Path) -> None:
     assert_unchanged(path)
 
 
-# Where nothing can be written, as seen from the folder of a file, and why. Root is refused too.
-FILES = {"x" * 300: "File name too long", "new/" + "x" * 300: "File name too long", "a/" * 3000: "File name too long"}
-FILES |= {"file.bin/x": "Not a directory|File exists", "\0": "embedded null byte", "a\0b/c": "embedded null byte"}
-FILES |= {"/proc/x": ".+", "/proc/new/x": ".+", "loop/x": "Too many levels of symbolic links"}
-NOT_FILES = {"": "Is a directory", "/": "Is a directory", "/dev/null": "It is a pipe or a device"}
-NOT_FILES |= {"pipe": "It is a pipe or a device", "link to a device": "It is a pipe or a device", "loop": "Too many.*"}
+# What cannot be written, as seen from the folder of a file, and why. Root is refused too.
+REFUSED = {"x" * 300: "File name too long", "new/" + "x" * 300: "File name too long", "a/" * 3000: "File name too long"}
+REFUSED |= {"file.bin/x": "Not a directory|File exists", "\0": "embedded null byte", "a\0b/c": "embedded null byte"}
+REFUSED |= {"/proc/x": ".+", "/proc/new/x": ".+", "loop/x": "Too many levels of symbolic links"}
+REFUSED |= {"": "Is a directory", "/": "Is a directory", "/dev/null": "It is a pipe or a device"}
+REFUSED |= {"pipe": "It is a pipe or a device", "link to a device": "It is a pipe or a device", "loop": "Too many.*"}
 
 
-@pytest.mark.parametrize("name", [*FILES, *NOT_FILES], ids=lambda name: name[:20])
+@pytest.mark.parametrize("name", REFUSED, ids=lambda name: name[:20])
 def test_what_cannot_be_written_is_told_in_a_sentence_and_before_anything_is_made(path: Path, name: str) -> None:
     (path.parent / "loop").symlink_to("loop")
     (path.parent / "link to a device").symlink_to("/dev/null")
     os.mkfifo(path.parent / "pipe")
     before, target = sorted(path.parent.rglob("*")), path.parent / name
-    file_is_refused = rf"^expected to write .*: ({(FILES | NOT_FILES)[name]}); name a place that can be written$"
-    folder_is_refused = rf"^expected to write to .*: ({FILES.get(name)}); name another (folder|`output_folder`)$"
-    with pytest.raises(InputError, match=file_is_refused):
-        require_writable_file(target)
-    if name in FILES:
-        with pytest.raises(InputError, match=folder_is_refused):
-            require_writable(target)
-        with pytest.raises(InputError, match=folder_is_refused):
-            make_folder(target)
-    with pytest.raises(InputError, match=file_is_refused):
-        write_atomically(target, NEW)
+    for write in (require_writable, lambda path: write_atomically(path, NEW)):
+        with pytest.raises(
+            InputError, match=rf"^expected to write .*: ({REFUSED[name]}); name a place that can be written$"
+        ):
+            write(target)
     assert [left for left in sorted(path.parent.rglob("*")) if left.name != "new"] == before
     assert path.read_bytes() == OLD
 
 
 def test_a_place_that_can_be_written_is_tried_and_left_as_it_was(path: Path) -> None:
     longest = "x" * 255
-    for folder in (path.parent, path.parent / "a" / "b", path.parent / longest):
-        require_writable(folder)
-        require_writable_file(folder / "new")
-    require_writable_file(path)
+    for place in (path, path.with_name(longest), path.parent / "a" / "b" / "new", path.parent / longest / "new"):
+        require_writable(place)
     assert_unchanged(path)
     write_atomically(path.with_name(longest), NEW)
-    for _ in range(2):
-        make_folder(path.parent / "a" / "b")
-    assert (path.parent / "a" / "b").is_dir()
 
 
 def test_the_mode_is_the_umasks_or_the_old_files_and_a_link_is_written_through(path: Path) -> None:
@@ -221,13 +194,13 @@ def test_a_file_is_opened_or_the_reason_why_not_is_told(path: Path) -> None:
         assert file.read() == OLD
     found = {"none": "none", "file.bin/x": "none", "": "what can't be read: Is a directory"}
     found |= {name: "what can't be read: File name too long" for name in ("x" * 5000, "a/" * 3000)}
-    for name, reason in {**found, "/dev/null": "a pipe or a device"}.items():
+    for name, reason in {**found, "/dev/null": "what can't be read: It is a pipe or a device"}.items():
         message = f"^expected a note at {path.parent / name}, found {reason}; write one$"
         with pytest.raises(MissingFileError if reason == "none" else InputError, match=message):
             open_checked(path.parent / name, "a note", "write one").__enter__()
 
 
-@pytest.mark.parametrize("kind", PARSERS_ERRORS)
+@pytest.mark.parametrize("kind", [KeyError, OSError, RuntimeError, SafetensorError, ValueError])
 def test_what_a_parser_raises_is_told_in_a_sentence(path: Path, kind: type[Exception]) -> None:
     found = rf"a file that is cut short, damaged or of another kind \({kind.__name__}: .?at byte 3.?\)"
     with pytest.raises(InputError, match=f"^expected a note at {path}, found {found}; write one$") as raised:
@@ -236,7 +209,7 @@ def test_what_a_parser_raises_is_told_in_a_sentence(path: Path, kind: type[Excep
     assert not isinstance(raised.value, FileNotFoundError)
 
 
-@pytest.mark.parametrize("error", [InputError("a sentence of ours"), KeyboardInterrupt(), ImportError("a bug")])
+@pytest.mark.parametrize("error", [InputError("a sentence of ours"), KeyboardInterrupt()])
 def test_what_is_not_a_parsers_error_passes_through(path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, open_checked(path, "a note", "write one"):
         raise error
@@ -244,7 +217,7 @@ def test_what_is_not_a_parsers_error_passes_through(path: Path, error: BaseExcep
 
 
 def test_a_parsers_text_cannot_fill_or_control_the_terminal(path: Path) -> None:
-    shown = {"": "", "a\nb": ": a", "\x1b[31m\u202ered\x00": ": [31mred", "x" * 5000: f": {'x' * 200}"}
+    shown = {"": "", "a\nb": ": a", "\x1b[31m\u202ered": r": \x1b[31m\u202ered", "x" * 5000: f": {'x' * 200}"}
     for text in shown:
         with pytest.raises(InputError) as raised, open_checked(path, "a note", "write one"):
             raise ValueError(text)
