@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from vqvae.distributed import is_main
-from vqvae.errors import InputError, MissingFileError
+from vqvae.errors import InputError, MissingFileError, is_out_of_memory
 
 # What the parsers of JSON, TOML, IDX, safetensors, gzip, zip and pickle raise for bytes that they do not expect.
 MALFORMED = (
@@ -79,6 +79,8 @@ def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
             found = f"what can't be read: {error.strerror}"
             if error.errno not in NO_FILE:
                 remedy = "make it readable"  # it may be whole, and the remedy could be to replace it
+        elif is_out_of_memory(error):
+            found, remedy = "too little memory to read it", "end other programs, or name another file"
         raise InputError(f"expected {expected} at {path}, found {found}; {remedy}") from None
 
 

@@ -29,7 +29,7 @@ from vqvae.storage.files import (
 
 Patch = pytest.MonkeyPatch
 OLD, NEW = b"the last good file", b"n" * 100_000
-PARSERS_ERRORS = (OverflowError, AssertionError, AttributeError, EOFError, KeyError, IndexError, MemoryError, OSError)
+PARSERS_ERRORS = (OverflowError, AssertionError, AttributeError, EOFError, KeyError, IndexError, OSError)
 PARSERS_ERRORS += (RuntimeError, RecursionError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError)
 PARSERS_ERRORS += (struct.error, zipfile.BadZipFile, zlib.error)
 
@@ -241,6 +241,13 @@ def test_what_is_not_a_parsers_error_passes_through(path: Path, error: BaseExcep
     with pytest.raises(type(error)) as raised, open_checked(path, "a note", "write one"):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_is_not_called_damaged_where_memory_is_short(path: Path, error: Exception) -> None:
+    with pytest.raises(InputError, match="found too little memory to read it; end other programs, or name another"):
+        with open_checked(path, "a note", "write one"):
+            raise error
 
 
 def test_a_parsers_text_cannot_fill_or_control_the_terminal(path: Path) -> None:
