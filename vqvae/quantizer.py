@@ -1,7 +1,7 @@
 """The vector-quantisation layer (arXiv:1711.00937, section 3), and the two ways in which its codebook learns."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,10 @@ class VectorQuantizer(nn.Module):
     sums: Tensor
     initialised: Tensor
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._started = False  # what was loaded says whether it has been
+
     def forward(self, z_e: Tensor) -> Quantized:
         """Quantise z_e. In training mode an EMA codebook is updated afterwards.
 
@@ -92,7 +96,7 @@ class VectorQuantizer(nn.Module):
             z_e: (B, D, *positions) floating point. Without any vectors the losses are NaN and the codes stay. Where a
                 vector is not finite, the losses are not finite either.
         Raises:
-            ValueError: z_e does not have D channels.
+            ValueError: z_e does not have D channels, or it has whole numbers.
         """
         updating = self.training and self.learning == "ema"
         vectors = self._to_rows(z_e.detach()) if updating else None
@@ -131,6 +135,8 @@ class VectorQuantizer(nn.Module):
         if z_e.ndim < 2 or z_e.shape[self.channel_axis] != self.code_dim:
             expected = f"(B, {self.code_dim}, ...)" if self.channel_axis == 1 else f"(B, ..., {self.code_dim})"
             raise ValueError(f"expected z_e of shape {expected}, found {tuple(z_e.shape)}")
+        if not z_e.is_floating_point():
+            raise ValueError(f"expected z_e of floating-point values, found {z_e.dtype}")
         dtype = torch.promote_types(torch.promote_types(z_e.dtype, self.codebook.dtype), torch.float32)
         return z_e.to(dtype).movedim(self.channel_axis, -1).reshape(-1, self.code_dim)
 
