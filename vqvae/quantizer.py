@@ -15,6 +15,8 @@ CodebookLearning = Literal["gradient", "ema"]
 KMEANS_STEPS = 10
 RESTART_BELOW = 0.15  # a code is dead when its average count is below this share of an even split
 JITTER = 1e-3  # noise on restarted codes, in units of the vectors' spread; it keeps codes from equal vectors apart
+LOST_IN_ROUNDING = 1e-5  # the share of the numbers it comes from below which a float32 distance says little
+COMPARED_AGAIN = ("cpu",)  # the devices on which such distances are taken again in float64
 MOST_DISTANCES = 2**20  # computed at once; the 4 MB that they take fit into a cache
 
 
@@ -209,14 +211,24 @@ def _nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     """The index (N,) of the code (K, D) that is nearest to each vector (N, D), the lowest of several.
 
     The squared distance is |e|^2 - 2 z.e, up to a constant for each vector. Far from the origin this is a small
-    difference of large numbers, so the mean of the codes becomes the origin first.
+    difference of large numbers, so the mean of the codes becomes the origin first. Where one code lies far from the
+    others, that does not help: vectors whose distance is lost in rounding are then compared in float64. This is done on
+    a CPU only, because a GPU would have to wait for it.
     """
     origin = codes.mean(dim=0)
-    codes = codes - origin
-    squares = codes.pow(2).sum(dim=1)
+    moved = codes - origin
+    squares = moved.pow(2).sum(dim=1)
     blocks = vectors.split(max(MOST_DISTANCES // len(codes), 1))
     with torch.autocast(vectors.device.type, enabled=False):
-        return torch.cat([torch.addmm(squares, block - origin, codes.T, alpha=-2).argmin(dim=1) for block in blocks])
+        parts = [torch.addmm(squares, block - origin, moved.T, alpha=-2).min(dim=1) for block in blocks]
+    indices = torch.cat([part.indices for part in parts])
+    if vectors.device.type in COMPARED_AGAIN and vectors.dtype == torch.float32:
+        lengths = (vectors - origin).pow(2).sum(dim=1)
+        least = torch.cat([part.values for part in parts]) + lengths
+        doubtful = least < LOST_IN_ROUNDING * (lengths + squares.max())
+        if doubtful.any():
+            indices[doubtful] = _nearest(vectors[doubtful].double(), codes.double())
+    return indices
 
 
 def _apart(codes: Tensor) -> Tensor:

@@ -167,3 +167,14 @@ def test_a_layer_whose_first_state_is_loaded_again_starts_again_from_k_means() -
     assert layer.codebook.min() > 90
     with pytest.raises(ValueError, match=r"expected z_e of floating-point values, found torch\.int64"):
         layer(torch.zeros(5, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("far", [1e4, 1e6])
+def test_codes_far_from_the_others_do_not_change_which_of_them_is_nearest(far: float) -> None:
+    layer, vectors = VectorQuantizer(64, 8), torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    for num_far in (1, 32):
+        with torch.no_grad():
+            layer.codebook.copy_(torch.randn(64, 8, generator=torch.Generator().manual_seed(1)))
+            layer.codebook[:num_far] += far
+        expected = torch.cdist(vectors.double(), layer.codebook.double()).argmin(dim=1)
+        assert torch.equal(layer.nearest(vectors), expected)
