@@ -181,7 +181,7 @@ def sample(
     prior: PriorFile = None,
     quiet: Quiet = False,
 ) -> None:
-    options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     not_for_mode: dict[str, Any] = {"gaussian_input": gaussian_input}
     if mode == "gaussian":
         not_for_mode = {"label": label, "labels": labels, **options, "prior": prior}
@@ -208,12 +208,11 @@ def sample(
         from prior.sampling import check_options, parse_labels
 
         chosen = [label] if label is not None else parse_labels(labels)
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        check_options(**given)
+        check_options(**options)
         pair = load_pair(vqvae, prior, device)
         say(f"weights: {pair.origin}")
         with progress(num_samples, "map") as bar:
-            arrays = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **given)._asdict()
+            arrays = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **options)._asdict()
     save_images(output, arrays)
     say(f"wrote {output}")
 

@@ -112,9 +112,9 @@ class Pair:
         labels: Iterable[int] | None = None,
         seed: int = 0,
         guidance: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         progress: Callable[[int], object] = lambda num_done: None,
     ) -> Samples:
         """New images with their codes and labels.
@@ -126,9 +126,9 @@ class Pair:
             seed: the same seed gives the same images.
             guidance: 1 is the prior itself, more follows the label more closely (arXiv:2207.12598). None stands for
                 `sampling.GUIDANCE`.
-            temperature: over 0; below 1 safer, above 1 wilder.
+            temperature: over 0; below 1 safer, above 1 wilder. None stands for 1.
             top_k: draw among the k most likely codes.
-            top_p: draw among the most likely codes that together have this probability, in (0, 1].
+            top_p: draw among the most likely codes that together have this probability, in (0, 1]. None stands for 1.
             progress: called with the number of images that were finished since the last call.
         Raises:
             InputError: an option out of its range, or a label that is no class.

@@ -38,9 +38,9 @@ def sample_codes(
     no_label: int,
     known_codes: Tensor | None = None,
     guidance: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
-    top_p: float = 1.0,
+    top_p: float | None = None,
     batch_size: int = 100,
     progress: Callable[[int], object] = lambda num_done: None,
 ) -> Tensor:
@@ -54,15 +54,16 @@ def sample_codes(
         known_codes: (N, H, W) int64, codes to keep, and -1 where one is to be drawn. A draw depends only on codes
             before it.
         guidance: see `guided`; 1 is the prior itself.
-        temperature: over 0; logits are divided by it.
+        temperature: over 0; logits are divided by it. None stands for 1.
         top_k: draw among the k most likely codes, at least 1. None stands for all.
-        top_p: draw among the most likely codes that together reach this probability, in (0, 1].
+        top_p: draw among the most likely codes that together reach this probability, in (0, 1]. None stands for 1.
         batch_size: maps drawn at once. The result does not depend on it.
         progress: called with the number of maps that were finished since the last call.
     Raises:
         InputError: an option out of its range.
     """
     check_options(guidance, temperature, top_k, top_p)
+    temperature, top_p = (1.0 if option is None else option for option in (temperature, top_p))
     batch_size = require_whole("batch_size", batch_size, 1)
     num, height, width = uniforms.shape
     device = labels.device
@@ -113,7 +114,7 @@ def check_options(
 def _is_finite(value: object) -> bool:
     try:
         return not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]  # this is the check
-    except (OverflowError, TypeError):  # a whole number too large for a float, or no number
+    except (OverflowError, TypeError, ValueError):  # a whole number too large for a float, or no number
         return False
 
 

@@ -425,9 +425,16 @@ def test_paths_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: Patch
 
 
 def test_what_memory_does_not_hold_ends_in_a_sentence_and_a_bug_keeps_its_traceback(monkeypatch: Patch) -> None:
-    for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    library = ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (MemoryError(), torch.OutOfMemoryError(), allocator, library):
         monkeypatch.setattr("vqvae.storage.runs.find_vqvae", MagicMock(side_effect=error))
         refuse("sample --mode gaussian", saying="error: expected enough memory, found too little; choose smaller")
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Path, "cwd", MagicMock(side_effect=FileNotFoundError))
+    refuse("sample --mode gaussian", saying="error: expected a current folder, found that it is gone or closed; change")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: Patch) -> None:

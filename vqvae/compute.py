@@ -4,7 +4,6 @@ import hashlib
 import math
 import operator
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vqvae.errors import InputError
-
-# What torch's CPU allocator says, on Linux and macOS, and on Windows. It has no exception of its own.
-NO_MEMORY = re.compile("can't allocate memory|not enough memory")
+from vqvae.errors import InputError, is_out_of_memory
 
 
 def pick_device(name: str | torch.device) -> torch.device:
@@ -27,7 +23,9 @@ def pick_device(name: str | torch.device) -> torch.device:
         InputError: another name, or fewer CUDA devices than processes.
     """
     if isinstance(name, torch.device):
-        return name
+        if name.type != "cuda" or torch.cuda.is_available():
+            return name
+        name = name.type
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
@@ -70,11 +68,6 @@ def memory_for(argument: str) -> Iterator[None]:
         raise InputError(
             f"expected enough memory for this `{argument}`, found too little; choose a smaller `{argument}`"
         ) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it was memory that ran out, of the machine or of a CUDA device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def require_memory(num_bytes: int, argument: str, value: int) -> None:

@@ -4,6 +4,13 @@ What stands in backticks in a message is Python: an argument, an argument with a
 turns it into the flag or the command that does the same (cli.py, `as_flags`).
 """
 
+import re
+
+# What the allocators of torch say, on Linux and macOS, on Windows and of CUDA, and what the loader of libraries says.
+NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|failed to map segment from shared object$"
+)
+
 
 class InputError(ValueError):
     """An argument, a file or a setting is not what it should be. The message is one sentence: what was expected, what
@@ -33,6 +40,12 @@ class Interrupted(Exception):
     def __init__(self, signal: int, step: int) -> None:
         super().__init__(f"interrupted by signal {signal} after step {step}")
         self.signal, self.step = signal, step
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was memory that ran out, of the machine or of a CUDA device."""
+    of_torch = type(error).__name__ == "OutOfMemoryError"  # of a CUDA device; torch is not imported for it
+    return isinstance(error, MemoryError) or of_torch or bool(NO_MEMORY.search(str(error)))
 
 
 def printable(text: str) -> str:

@@ -1,7 +1,7 @@
 """The vector-quantisation layer (arXiv:1711.00937, section 3), and the two ways in which its codebook learns."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ CodebookLearning = Literal["gradient", "ema"]
 KMEANS_STEPS = 10
 RESTART_BELOW = 0.15  # a code is dead when its average count is below this share of an even split
 JITTER = 1e-3  # noise on restarted codes, in units of the vectors' spread; it keeps codes from equal vectors apart
+LOST_IN_ROUNDING = 1e-5  # the share of the numbers it comes from below which a float32 distance says little
+COMPARED_AGAIN = ("cpu",)  # the devices on which such distances are taken again in float64
 MOST_DISTANCES = 2**20  # computed at once; the 4 MB that they take fit into a cache
 
 
@@ -85,6 +87,10 @@ class VectorQuantizer(nn.Module):
     sums: Tensor
     initialised: Tensor
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._started = False  # what was loaded says whether it has been
+
     def forward(self, z_e: Tensor) -> Quantized:
         """Quantise z_e. In training mode an EMA codebook is updated afterwards.
 
@@ -92,7 +98,7 @@ class VectorQuantizer(nn.Module):
             z_e: (B, D, *positions) floating point. Without any vectors the losses are NaN and the codes stay. Where a
                 vector is not finite, the losses are not finite either.
         Raises:
-            ValueError: z_e does not have D channels.
+            ValueError: z_e does not have D channels, or it has whole numbers.
         """
         updating = self.training and self.learning == "ema"
         vectors = self._to_rows(z_e.detach()) if updating else None
@@ -131,6 +137,8 @@ class VectorQuantizer(nn.Module):
         if z_e.ndim < 2 or z_e.shape[self.channel_axis] != self.code_dim:
             expected = f"(B, {self.code_dim}, ...)" if self.channel_axis == 1 else f"(B, ..., {self.code_dim})"
             raise ValueError(f"expected z_e of shape {expected}, found {tuple(z_e.shape)}")
+        if not z_e.is_floating_point():
+            raise ValueError(f"expected z_e of floating-point values, found {z_e.dtype}")
         dtype = torch.promote_types(torch.promote_types(z_e.dtype, self.codebook.dtype), torch.float32)
         return z_e.to(dtype).movedim(self.channel_axis, -1).reshape(-1, self.code_dim)
 
@@ -205,14 +213,24 @@ def _nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     """The index (N,) of the code (K, D) that is nearest to each vector (N, D), the lowest of several.
 
     The squared distance is |e|^2 - 2 z.e, up to a constant for each vector. Far from the origin this is a small
-    difference of large numbers, so the mean of the codes becomes the origin first.
+    difference of large numbers, so the mean of the codes becomes the origin first. Where one code lies far from the
+    others, that does not help: vectors whose distance is lost in rounding are then compared in float64. This is done on
+    a CPU only, because a GPU would have to wait for it.
     """
     origin = codes.mean(dim=0)
-    codes = codes - origin
-    squares = codes.pow(2).sum(dim=1)
+    moved = codes - origin
+    squares = moved.pow(2).sum(dim=1)
     blocks = vectors.split(max(MOST_DISTANCES // len(codes), 1))
     with torch.autocast(vectors.device.type, enabled=False):
-        return torch.cat([torch.addmm(squares, block - origin, codes.T, alpha=-2).argmin(dim=1) for block in blocks])
+        parts = [torch.addmm(squares, block - origin, moved.T, alpha=-2).min(dim=1) for block in blocks]
+    indices = torch.cat([part.indices for part in parts])
+    if vectors.device.type in COMPARED_AGAIN and vectors.dtype == torch.float32:
+        lengths = (vectors - origin).pow(2).sum(dim=1)
+        least = torch.cat([part.values for part in parts]) + lengths
+        doubtful = least < LOST_IN_ROUNDING * (lengths + squares.max())
+        if doubtful.any():
+            indices[doubtful] = _nearest(vectors[doubtful].double(), codes.double())
+    return indices
 
 
 def _count_and_sum(vectors: Tensor, chosen: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from vqvae.errors import InputError
+from vqvae.errors import InputError, is_out_of_memory
 
 BY_A_SIGNAL = "stopped by a signal"
 
@@ -37,14 +38,16 @@ def ending(as_typed: Callable[[str], str]) -> Iterator[None]:
         as_typed: turns the Python in a message into what the user types.
     """
     try:
+        Path.cwd()
+    except OSError:  # torch would end the process without a word of it
+        _end(1, "error: expected a current folder, found that it is gone or closed; change to another")
+    try:
         yield
     except InputError as error:
         _end(1, f"error: {as_typed(str(error))}")
     except Stopped as stopped:
         _end(stopped.code, stopped.line)
-    except (MemoryError, RuntimeError) as error:
-        from vqvae.compute import is_out_of_memory
-
+    except (ImportError, MemoryError, RuntimeError) as error:  # an import may find no memory for a library
         if not is_out_of_memory(error):
             raise
         _end(1, "error: expected enough memory, found too little; choose smaller numbers, or end other programs")

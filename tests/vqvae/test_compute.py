@@ -21,8 +21,9 @@ CUDA = [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 def test_cuda_without_a_device_and_another_name_are_errors_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="expected a CUDA device for `device=cuda`, found none; use `device=cpu`"):
-        pick_device("cuda")
+    for cuda in ("cuda", *CUDA):
+        with pytest.raises(InputError, match="expected a CUDA device for `device=cuda`, found none; use `device=cpu`"):
+            pick_device(cuda)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     assert pick_device(torch.device("meta")) == torch.device("meta")  # which stands for itself
     for name in ("gpu", "", "cuda:x", "CPU"):

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tests.helpers import CPU, both_ways, devices, make_info, make_split, make_v
 from vqvae.data.pixels import to_model_range
 from vqvae.errors import InputError
 from vqvae.model import VQVAE, ResidualBlock, VQVAEConfig, load_vqvae
+from vqvae.quantizer import VectorQuantizer
 from vqvae.train import VQVAETraining, loss_terms
 
 
@@ -128,3 +130,37 @@ def test_a_model_is_rebuilt_from_its_file_alone(tmp_path: Path, learning: str, d
     assert_close(dict(loaded.state_dict()), state, rtol=0, atol=0)  # on the CPU
     assert torch.equal(loaded(x).x_hat, x_hat)
     assert load_vqvae(tmp_path / "vqvae", torch.device(device))[0].device.type == device
+
+
+@both_ways
+def test_weights_are_loaded_as_they_are_whatever_torchs_default_type_is(tmp_path: Path, learning: str) -> None:
+    model = make_vqvae(codebook_learning=learning)
+    save_model(tmp_path / "vqvae.safetensors", model, "vqvae", make_info())
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded, _ = load_vqvae(tmp_path / "vqvae.safetensors", CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_layer_whose_first_state_is_loaded_again_starts_again_from_k_means() -> None:
+    layer = VectorQuantizer(4, 2, "ema", decay=1.0)
+    first = deepcopy(layer.state_dict())
+    layer(torch.randn(50, 2))
+    layer.load_state_dict(first)
+    layer(100 + torch.randn(50, 2))
+    assert layer.codebook.min() > 90
+    with pytest.raises(ValueError, match=r"expected z_e of floating-point values, found torch\.int64"):
+        layer(torch.zeros(5, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("far", [1e4, 1e6])
+def test_codes_far_from_the_others_do_not_change_which_of_them_is_nearest(far: float) -> None:
+    layer, vectors = VectorQuantizer(64, 8), torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    for num_far in (1, 32):
+        with torch.no_grad():
+            layer.codebook.copy_(torch.randn(64, 8, generator=torch.Generator().manual_seed(1)))
+            layer.codebook[:num_far] += far
+        expected = torch.cdist(vectors.double(), layer.codebook.double()).argmin(dim=1)
+        assert torch.equal(layer.nearest(vectors), expected)

@@ -119,7 +119,7 @@ def load(path: Path, stage: str, build: Callable[[Header], Model]) -> tuple[Mode
     with _open(path, stage) as (header, file):
         try:
             with torch.device("meta"), _NoInitialisation():
-                model = build(header)
+                model = build(header).float()  # whatever torch's default type is
         except InputError as error:
             raise InputError(f"{error} (the {stage} checkpoint is {path})") from None
         expected = model.state_dict()

@@ -17,7 +17,7 @@ from typing import IO, BinaryIO
 import numpy as np
 
 from vqvae.distributed import is_main
-from vqvae.errors import InputError, MissingFileError
+from vqvae.errors import InputError, MissingFileError, is_out_of_memory
 
 ANOTHER_PLACE = "name a place that can be written"
 SCRATCH = ".partial"  # the suffix of a file that is still being written; a killed process leaves such a file behind
@@ -54,6 +54,8 @@ def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
             found = f"what can't be read: {error.strerror}"
             if error.errno not in NO_FILE:
                 remedy = "make it readable"  # it may be whole, and the remedy could be to replace it
+        elif is_out_of_memory(error):
+            found, remedy = "too little memory to read it", "end other programs, or name another file"
         raise InputError(f"expected {expected} at {path}, found {found}; {remedy}") from None
 
 

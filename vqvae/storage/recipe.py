@@ -35,7 +35,7 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
 
     Raises:
         MissingFileError: there is no file.
-        InputError: the file is not TOML, or it has a table that belongs to no stage.
+        InputError: the file is not TOML, it has a table that belongs to no stage, or a key by its old and its new name.
     """
     with open_checked(find_recipe(path), "a TOML recipe", "name another, such as configs/mnist.toml") as file:
         try:
@@ -61,7 +61,16 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             found = f"a list, as [[{table}]] makes one" if isinstance(content, list) else f"{table} = {_shown(content)}"
             raise InputError(f"{path}: expected a table [{table}], found {found}; write [{table}], and its keys below")
-    return {FORMER_NAMES.get(key, key): value for key, value in recipe.get(stage, {}).items()}
+    settings: dict[str, Any] = {}
+    for key, value in recipe.get(stage, {}).items():
+        name = FORMER_NAMES.get(key, key)
+        if name in settings:
+            former = next(old for old, new in FORMER_NAMES.items() if new == name)
+            raise InputError(
+                f"{path}: expected {name!r} once in [{stage}], found {former!r} too, which is the same; leave one out"
+            )
+        settings[name] = value
+    return settings
 
 
 def resolve(

@@ -216,6 +216,13 @@ def test_what_is_not_a_parsers_error_passes_through(path: Path, error: BaseExcep
     assert raised.value is error
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_is_not_called_damaged_where_memory_is_short(path: Path, error: Exception) -> None:
+    with pytest.raises(InputError, match="found too little memory to read it; end other programs, or name another"):
+        with open_checked(path, "a note", "write one"):
+            raise error
+
+
 def test_a_parsers_text_cannot_fill_or_control_the_terminal(path: Path) -> None:
     shown = {"": "", "a\nb": ": a", "\x1b[31m\u202ered": r": \x1b[31m\u202ered", "x" * 5000: f": {'x' * 200}"}
     for text in shown:

@@ -111,6 +111,7 @@ def test_a_recipe_has_a_table_for_each_stage_which_may_use_former_names(tmp_path
         (b"[vqvae]\n[vqvae]", r"found text that is not TOML: .*vqvae.* twice"),
         *(("[vqvae]\nk = 8".encode(name), "recipe in UTF-8 at .*, found .* UTF-16; save it as UTF-8") for name in UTF),
         ("# größer".encode("latin-1"), "recipe in UTF-8 at .* in another encoding, .*; save it as UTF-8"),
+        (b"[vqvae]\nk = 8\nnum_codes = 9", r"expected 'num_codes' once in \[vqvae\], found 'k' too, .*; leave one out"),
         (b"[vqvae\nk = 8", r"expected a TOML recipe at .*, found text that is not TOML: .*line 1.*; correct it there$"),
         (
             b"\x89PNG\xff\xfe",
@@ -118,7 +119,7 @@ def test_a_recipe_has_a_table_for_each_stage_which_may_use_former_names(tmp_path
         ),
         (b"#" * (MAX_RECIPE + 1), "found a file that is .* of another kind .*longer than 16384 bytes"),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_a_recipe_that_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "recipe.toml").write_bytes(text)
