@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
+from vqvae.training.state import require_same_settings
 
 SHOW_EVERY = 4  # epochs between sample grids
 NUM_SHOWN = 100
@@ -59,6 +61,14 @@ def evaluate_prior(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
     return {"nats_per_code": nats, "bits_per_image": nats / math.log(2) * codes.indices[0].numel()}
 
 
+def run_settings(
+    config: PriorConfig, training: PriorTraining, dataset: Dataset, vqvae_header: Header, seed: int
+) -> dict[str, Any]:
+    """All that the result of a training depends on."""
+    origin = {"vqvae": vqvae_header.fingerprint, "data": digest(dataset.train)}
+    return {**asdict(config), **asdict(training), "seed": seed, **origin}
+
+
 class PriorTask(Task):
     """Stage two as a task for the training loop.
 
@@ -87,8 +97,7 @@ class PriorTask(Task):
     ) -> None:
         self.training, self.info, self.path, self.seed = training, dataset.info, path, seed
         self.vqvae, self.vqvae_fingerprint = vqvae, vqvae_header.fingerprint
-        self.settings = {**asdict(config), **asdict(training), "seed": seed}
-        self.settings |= {"vqvae": self.vqvae_fingerprint, "data": digest(dataset.train)}
+        self.settings = run_settings(config, training, dataset, vqvae_header, seed)
         self.data, self.validation = tuple(train), validation
         num_codes = vqvae.config.num_codes
         self.baselines = baselines(train, validation, num_codes)
@@ -162,6 +171,8 @@ def train_prior(
     num_codes, num_classes = vqvae.config.num_codes, dataset.info.num_classes
     require_memory_to_train(lambda: GatedPixelCNN(config, num_codes, vqvae.map_shape, num_classes), config.width)
     with run_lock(output_folder, "prior", resume=resume, overwrite=overwrite):
+        if resume:  # before the code maps of other data replace this run's
+            require_same_settings(folder / "resume.pt", run_settings(config, training, dataset, vqvae_header, seed))
         with main_first():
             train, validation = (
                 extract_cached(vqvae, vqvae_header.fingerprint, split, name, folder)

@@ -143,4 +143,5 @@ def _print(line: str, stream: TextIO | None) -> None:
 
     if is_main():
         with tqdm.external_write_mode(file=stream):
-            print(line, file=LenientStream(stream), flush=True)
+            shown = "\n".join(map(printable, line.split("\n")))  # a file's name could control the terminal
+            print(shown, file=LenientStream(stream), flush=True)

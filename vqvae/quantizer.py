@@ -42,7 +42,8 @@ class VectorQuantizer(nn.Module):
 
     The channels are axis 1, and any number of positions follows: images (B, D, H, W), sequences (B, D, N), vectors
     (B, D). With `channel_last` they are the last axis: sequences (B, N, D). The layer works in every floating-point
-    type; `module.to(dtype)` changes it.
+    type; `module.to(dtype)` changes it. The averages of an EMA codebook are then as coarse as the type, so train it in
+    float32, under autocast for speed.
 
     Args:
         num_codes: K, at least 1.

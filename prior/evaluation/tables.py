@@ -16,7 +16,8 @@ NOTE = (
 NOTE_ON_ERRORS = (
     "After ± stands a standard error, for KID that of sets of at most "
     f"{KID_SUBSET_SIZE:,} images. Errors and p-values take images as independent; where many of them are by the same "
-    "people, they are too small. After < stands what FID∞ is hardly above, where it cannot be told from 0."
+    "people, they are too small. KID, which is unbiased, may be a little below 0. After < stands what FID∞ is hardly "
+    "above, where it cannot be told from 0."
 )
 FEW = 5000  # images in a set
 NOTE_ON_FEW = (

@@ -33,7 +33,7 @@ def test_an_ending_other_than_png_and_npz_is_refused_and_the_name_to_try_is_acce
 def test_an_output_that_cannot_be_written_is_refused_and_so_is_a_picture_beside_it(tmp_path: Path) -> None:
     (tmp_path / "r-original.png").mkdir()
     for name, options in (("r-original.png", {}), ("r.png", {"with_original": True})):
-        with pytest.raises(InputError, match=r"^expected to write .*r-original.png: Is a directory; name a place"):
+        with pytest.raises(InputError, match=r"^expected to write .*r-original.png: Is a directory; mend that, or"):
             check_output(tmp_path / name, **options)
     assert check_output(tmp_path / "r.png") == tmp_path / "r.png"
 

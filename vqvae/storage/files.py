@@ -19,7 +19,7 @@ import numpy as np
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError, is_out_of_memory
 
-ANOTHER_PLACE = "name a place that can be written"
+ANOTHER_PLACE = "mend that, or name another place"
 SCRATCH = ".partial"  # the suffix of a file that is still being written; a killed process leaves such a file behind
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some file systems
 NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)  # a name that leads to no file

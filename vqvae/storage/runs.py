@@ -95,16 +95,16 @@ def find_classifier(given: Path | None) -> Path:
 def find_pair(vqvae: Path | None, prior: Path | None) -> tuple[Path, Path]:
     """The newest prior and the VQ-VAE that it was trained on. The user's come before the shipped ones.
 
-    If one of the two is given, only its partner is looked for. If both are given, they are returned as they are. No
-    header is read twice, and none that is not needed.
+    If one of the two is given, its partner is looked for, first in the same folder. If both are given, they are
+    returned as they are. No header is read twice, and none that is not needed.
 
     Raises:
         InputError: no prior and VQ-VAE belong together, or a given file is damaged.
     """
     if vqvae and prior:
         return vqvae, prior
-    priors = iter([(prior, read_header(prior, "prior"))] if prior else _readable("prior"))
-    vqvaes = iter([(vqvae, read_header(vqvae, "vqvae"))] if vqvae else _readable("vqvae"))
+    priors = iter([(prior, read_header(prior, "prior"))] if prior else _readable("prior", beside=vqvae))
+    vqvaes = iter([(vqvae, read_header(vqvae, "vqvae"))] if vqvae else _readable("vqvae", beside=prior))
     known: dict[str | None, Path] = {}  # the VQ-VAEs that were looked at so far, by their fingerprints
     tried = []
     for candidate, header in priors:
@@ -212,10 +212,15 @@ def _newest(stage: str) -> Path:
     return next((path for path, _ in _readable(stage)), weights_file(SHIPPED, stage))
 
 
-def _readable(stage: str) -> Iterator[tuple[Path, Header]]:
+def _readable(stage: str, beside: Path | None = None) -> Iterator[tuple[Path, Header]]:
     """A stage's checkpoints: the user's, the newest first, and the shipped one at the end. Each is read when its turn
-    comes. One that cannot be read is left out, so that it does not stand in the way of the others."""
-    for path in [*_own(stage), weights_file(SHIPPED, stage)]:
+    comes. One that cannot be read is left out, so that it does not stand in the way of the others.
+
+    Args:
+        beside: a file in whose folder one is looked for before all others.
+    """
+    first = [weights_file(beside.parent, stage)] if beside else []
+    for path in dict.fromkeys([*first, *_own(stage), weights_file(SHIPPED, stage)]):
         try:
             header = read_header(path, stage)
         except MissingFileError:  # it has just vanished, or nothing was shipped

@@ -74,6 +74,19 @@ def load_state(
     return state
 
 
+def require_same_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run of other settings. `load_state` does so too; this is for what comes before it.
+
+    Raises:
+        MissingFileError: there is no file.
+        InputError: it is damaged, or the run was started with other settings.
+    """
+    try:
+        _check_settings(load_resume_state(file).get("settings"), settings)
+    except _Foreign as found:
+        raise InputError(f"expected this run's state in {file}, found {found}; {ANEW}") from None
+
+
 def require_same_losses(averages: Mapping[str, Any], losses: Mapping[str, Any], file: Path) -> None:
     """Refuse averages of an epoch so far that are not of these losses. Only the first losses tell their names.
 
@@ -96,6 +109,11 @@ def _check_settings(saved: Any, given: Mapping[str, Any]) -> None:
     _require(all(type(value) in plain for value in saved.values()), "settings that are none")
     for name in sorted({*saved, *given} - {"num_epochs"}):
         if saved.get(name) != given.get(name):
+            if name == "data":  # a digest, which nobody can type
+                raise InputError(
+                    f"expected the data that the run was started with, found other data; resume with the "
+                    f"first, or {ANEW}"
+                )
             raise InputError(
                 f"expected the settings that the run was started with, {_shown(name, saved)}, found "
                 f"{_shown(name, given)}; resume with the first, or {ANEW}"

@@ -53,7 +53,7 @@ def test_a_write_that_breaks_off_leaves_what_was_there(
         raise error
 
     monkeypatch.setattr(Path if moment == "replace" else os, moment, fail)
-    full = r"^expected to write .*: No space left on device; name a place that can be written$"
+    full = r"^expected to write .*: No space left on device; mend that, or name another place$"
     for target in (path, path.with_name("another file that is new")):
         with pytest.raises((InputError, KeyboardInterrupt), match=full if isinstance(error, OSError) else "^$"):
             write_atomically(target, NEW)
@@ -78,9 +78,7 @@ def test_a_write_ends_in_its_middle(path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(NEW) // 2, limit[1]))
     try:
-        with pytest.raises(
-            InputError, match=f"^expected to write {path}: File too large; name a place that can be wri"
-        ):
+        with pytest.raises(InputError, match=f"^expected to write {path}: File too large; mend that, or name another"):
             write_atomically(path, NEW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -103,7 +101,7 @@ def test_what_cannot_be_written_is_told_in_a_sentence_and_before_anything_is_mad
     before, target = sorted(path.parent.rglob("*")), path.parent / name
     for write in (require_writable, lambda path: write_atomically(path, NEW)):
         with pytest.raises(
-            InputError, match=rf"^expected to write .*: ({REFUSED[name]}); name a place that can be written$"
+            InputError, match=rf"^expected to write .*: ({REFUSED[name]}); mend that, or name another place$"
         ):
             write(target)
     assert [left for left in sorted(path.parent.rglob("*")) if left.name != "new"] == before
@@ -172,7 +170,7 @@ def test_a_disk_that_fails_is_an_error_and_so_is_a_rename_that_is_refused_for_lo
     for module, name, why in ((os, "fsync", code), (Path, "replace", errno.EACCES)):
         with monkeypatch.context() as patch:
             refuse(patch, module, name, why)
-            with pytest.raises(InputError, match=f": {os.strerror(why)}; name a place"):
+            with pytest.raises(InputError, match=f": {os.strerror(why)}; mend that, or"):
                 write_atomically(path, NEW)
         assert_unchanged(path)
 

@@ -194,7 +194,7 @@ def test_a_prior_is_found_with_the_vqvae_that_it_was_trained_on_or_not_at_all() 
     assert find_pair(None, None) == (shipped, shipped_prior)
     mine = write("mine", "vqvae", age_s=30, seed=2)
     prior = write("mine", "prior", age_s=20, vqvae=mine)
-    later = write("later", "vqvae", age_s=10, seed=3)  # newer, but no prior belongs to it
+    write("later", "vqvae", age_s=10, seed=3)  # newer, but no prior belongs to it
     orphan = write("replaced", "prior", vqvae=write("replaced", "vqvae", seed=4))  # newest, but without its VQ-VAE
     write("replaced", "vqvae", age_s=50, seed=5)
     assert find_pair(None, None) == find_pair(mine, None) == (mine, prior)
@@ -202,7 +202,12 @@ def test_a_prior_is_found_with_the_vqvae_that_it_was_trained_on_or_not_at_all() 
     of_shipped = write("elsewhere", "prior", age_s=40, vqvae=shipped)
     assert find_pair(None, of_shipped) == (shipped, of_shipped)
     assert find_pair(Path("a"), Path("b")) == (Path("a"), Path("b"))  # two that are named are not looked for
-    message = rf"found no two that belong together among .*; train one with `train_prior\(\)`, given `vqvae='{later}'`"
+    away = write("../away", "vqvae", seed=6)  # not among the runs
+    its_prior = write("../away", "prior", vqvae=away)
+    assert find_pair(away, None) == find_pair(None, its_prior) == (away, its_prior)
+    message = (
+        rf"found no two that belong together among .*; train one with `train_prior\(\)`, given `vqvae='{orphan.parent}/"
+    )
     with pytest.raises(InputError, match=message):
         find_pair(None, orphan)
 
@@ -247,7 +252,7 @@ def test_each_header_is_read_at_most_once_and_only_where_it_is_needed(monkeypatc
     read.clear()
     assert find_pair(vqvaes[0], None) == (vqvaes[0], fit[1])
     assert find_pair(None, fit[1]) == (vqvaes[0], fit[1])
-    assert len(read) == 7 + 2
+    assert len(read) == 7 + 3  # the third is looked for beside the given prior
     read.clear()
     assert find_pair(None, None) == (vqvaes[4], fit[0])
     assert len(read) == len(set(read)) == 5 + 8  # and not "older"

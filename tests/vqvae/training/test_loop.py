@@ -271,7 +271,7 @@ def test_what_cannot_be_written_or_does_not_fit_the_saved_run_is_refused_and_cha
         resume({"k": 8})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"expected to write .*; name a place that can be written"):
+    with pytest.raises(InputError, match=r"expected to write .*; mend that, or name another place"):
         train(Toy(), tmp_path / "file" / "run")
     train(Toy(), tmp_path, num_epochs=2)
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
