@@ -332,7 +332,7 @@ def main() -> None:
         except Interrupted as interrupted:
             arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
             again = f"all of it is saved; go on with: {program()} {command_line(*arguments, '--resume')}"
-            saved = again if arguments[0].startswith("train-") else "nothing was written"
+            saved = again if arguments[0].startswith("train-") else "what was measured before is written"
             raise Stopped(interrupted.signal, f"{BY_A_SIGNAL} after step {interrupted.step}; {saved}") from None
 
 
