@@ -115,7 +115,7 @@ def progress(total: int, unit: str, *, initial: int = 0, doing: str | None = Non
     stream = LenientStream(sys.stderr)
     if stream.isatty():
         return tqdm(file=stream, dynamic_ncols=True, **common)
-    every: dict[str, Any] = {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S, "delay": LINE_EVERY_S}
+    every: dict[str, Any] = {"mininterval": LINE_EVERY_S, "delay": LINE_EVERY_S, "miniters": 1}  # by time alone
     return tqdm(file=_Lines(stream), ncols=0, **every, **common)
 
 
