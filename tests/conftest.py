@@ -1,4 +1,8 @@
-"""What every test shares: one thread, so that sums are the same everywhere."""
+"""What every test shares: one thread, so that sums are the same everywhere, and a `python` that is this one."""
+
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,3 +11,9 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def this_python() -> None:
+    """As in an activated environment. Elsewhere the program names its interpreter by its path."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

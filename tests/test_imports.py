@@ -12,8 +12,8 @@ from tests.helpers import ROOT, SHIPPED
 
 # Every module, the lowest first. A module may import only modules that stand before it.
 RANKING = """
-    vqvae.errors vqvae.distributed vqvae.compute vqvae.console vqvae.shell vqvae.stopping
-    vqvae.storage vqvae.storage.shipped vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
+    vqvae.errors vqvae.distributed vqvae.compute vqvae.console vqvae.stopping
+    vqvae.storage vqvae.storage.shipped vqvae.shell vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
     vqvae.storage.checkpoint vqvae.storage.runs
     vqvae.data vqvae.data.dataset vqvae.data.pixels vqvae.data.idx vqvae.data.archive vqvae.data.download
     vqvae.data.mnist vqvae.pictures vqvae.output

@@ -7,9 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+
+from vqvae.storage.shipped import HOME
 
 PACKAGE = "vqvae-pixelcnn-mnist"
 QUOTES = ("'", '"')
@@ -38,11 +41,11 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 
 
 def program() -> str:
-    """What to type to start this program again."""
-    started = Path(sys.argv[0])
-    if started.suffix == ".py":
-        return f"python {command_line(started)}"
-    return started.stem if shutil.which(started.stem) else command_line(started)
+    """What to type to start this program again, in this installation of several."""
+    started = sys.argv[0]
+    if started.endswith(".py"):
+        return f"{_by_name('python', sys.executable)} {command_line(started)}"
+    return _by_name(Path(started).name, started)
 
 
 def command_line(*words: object) -> str:
@@ -52,11 +55,24 @@ def command_line(*words: object) -> str:
 
 
 def tell_version(asked: bool) -> None:
-    """Print the version, if it is asked for, and end the program."""
+    """Print the version of the code that runs, if it is asked for, and end the program."""
     if asked:
-        installed = (found.version for found in metadata.distributions(name=PACKAGE))
-        print(PACKAGE, next(installed, "(not installed)"))
+        project = HOME / "pyproject.toml"  # a clone has it; another version may be installed beside the clone
+        if project.is_file():
+            version = tomllib.loads(project.read_text("utf-8"))["project"]["version"]
+        else:
+            installed = metadata.distributions(name=PACKAGE, path=[str(HOME.parent)])
+            version = next((found.version for found in installed), "(not installed)")
+        print(PACKAGE, version)
         raise SystemExit
+
+
+def _by_name(name: str, file: str) -> str:
+    """A program's name where the shell finds the one in the same folder by it, or else the path of its file."""
+    found = shutil.which(name)
+    if found and os.path.realpath(Path(found).parent) == os.path.realpath(Path(file).parent):
+        return command_line(name)
+    return command_line(file if os.path.dirname(file) else os.path.join(os.curdir, file))  # noqa: PTH118, PTH120  # Path drops ./
 
 
 def _quoted(word: str) -> str:

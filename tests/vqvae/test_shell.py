@@ -2,10 +2,11 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from vqvae.shell import command_line, program
+from vqvae.shell import PACKAGE, command_line, program, tell_version
 
 WORDS = ["plain", "", "my run", "it's", "$HOME `x` \\", "-x", "café ∞", "new\nline\x1b[2J", "not utf-8 \udcff", "\\'"]
 
@@ -25,12 +26,32 @@ def test_a_command_line_that_is_pasted_into_a_shell_gives_its_words_again(
 
 
 def test_the_program_is_called_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/env/bin/python3")
     for started, found, expected in (
-        ("cli.py", None, "python cli.py"),
-        ("some where/cli.py", None, "python 'some where/cli.py'"),
+        ("cli.py", "/env/bin/python", "python cli.py"),
+        ("some where/cli.py", "/env/bin/python", "python 'some where/cli.py'"),
+        ("cli.py", "/another/bin/python", "/env/bin/python3 cli.py"),
+        ("cli.py", None, "/env/bin/python3 cli.py"),
         ("/usr/bin/vqvae-pixelcnn", "/usr/bin/vqvae-pixelcnn", "vqvae-pixelcnn"),
+        ("/usr/bin/vqvae-pixelcnn", "/another/bin/vqvae-pixelcnn", "/usr/bin/vqvae-pixelcnn"),
         ("/my env/bin/vqvae-pixelcnn", None, "'/my env/bin/vqvae-pixelcnn'"),
+        ("./draw", None, "./draw"),
+        ("draw", None, "./draw"),  # python draw
     ):
         monkeypatch.setattr(sys, "argv", [started])
         monkeypatch.setattr("shutil.which", lambda name, found=found: found)
         assert program() == expected
+
+
+def test_the_version_is_that_of_this_installation_and_not_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, version in (("this", "1.2.3"), ("another", "9.9.9")):
+        about = tmp_path / folder / f"vqvae_pixelcnn_mnist-{version}.dist-info" / "METADATA"
+        about.parent.mkdir(parents=True)
+        about.write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path / "another")
+    monkeypatch.setattr("vqvae.shell.HOME", tmp_path / "this" / "vqvae_pixelcnn")
+    with pytest.raises(SystemExit):
+        tell_version(True)
+    assert capsys.readouterr().out == f"{PACKAGE} 1.2.3\n"
