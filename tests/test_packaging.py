@@ -65,5 +65,7 @@ def test_a_shipped_recipe_is_meant_where_no_file_has_its_name(tmp_path: Path, mo
     for unknown in (Path("configs/other.toml"), tmp_path / name, Path("a" * 300)):
         assert find_recipe(unknown) == unknown
     (tmp_path / "configs").mkdir()
-    (tmp_path / name).write_text("")
+    (tmp_path / name).symlink_to("nowhere")
+    assert find_recipe(name) == name  # and not the shipped one, without a word
+    (tmp_path / "configs" / "nowhere").write_text("")
     assert find_recipe(name) == name

@@ -11,6 +11,8 @@ SHIPPED = HOME / "checkpoints" / "pretrained"
 
 
 def find_recipe(path: Path) -> Path:
-    """The recipe that is meant: the file at `path` or, if there is none, a shipped one, as in `configs/mnist.toml`."""
-    places = (path, HOME / path)
-    return next((place for place in places if os.path.exists(place)), path)  # noqa: PTH110  # Path.exists() may raise
+    """The recipe that is meant: the file at `path` or, if there is none, a shipped one, as in `configs/mnist.toml`.
+
+    A link that leads nowhere is meant all the same, so that it is told.
+    """
+    return next((place for place in (path, HOME / path) if os.path.lexists(place)), path)
