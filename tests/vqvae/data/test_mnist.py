@@ -158,3 +158,11 @@ def test_a_folder_that_is_none_or_cannot_be_asked_is_refused(raw: Path) -> None:
             load_mnist(raw / ("x" * 5000), download)
     with pytest.raises(MissingFileError, match="expected the four MNIST files"):
         load_mnist(raw / "MD5SUMS", download=False)
+
+
+def test_a_test_set_of_other_data_than_the_training_set_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURE, tmp_path / "data")
+    dataset = load_mnist(tmp_path / "data")
+    (tmp_path / "data").rename(tmp_path / "moved")  # MNIST's own files would be downloaded instead
+    with pytest.raises(InputError, match="the data that was there before, found that it has changed; put it back"):
+        dataset.load_test()

@@ -242,3 +242,16 @@ def test_no_more_is_read_than_the_limit() -> None:
     with pytest.raises(ValueError, match="longer than 5 bytes"):
         read_at_most(file, 5)
     assert file.tell() == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there a folder can be sticky")
+def test_a_file_of_another_user_in_a_sticky_folder_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").touch()
+    tmp_path.chmod(0o1777)
+    require_writable(tmp_path / "theirs")
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    require_writable(tmp_path / "new")
+    with pytest.raises(InputError, match="theirs: it belongs to another user; mend that, or name another place"):
+        require_writable(tmp_path / "theirs")
