@@ -88,8 +88,8 @@ def be_quiet(quiet: bool) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on standard output, above the progress bar if there is one."""
-    _print(line, sys.stdout)
+    """Print a line, or a text of several, on standard output, above the progress bar if there is one."""
+    _print("\n".join(map(printable, line.split("\n"))), sys.stdout)  # a file's name could control the terminal
 
 
 def remark(line: str) -> None:
@@ -143,5 +143,4 @@ def _print(line: str, stream: TextIO | None) -> None:
 
     if is_main():
         with tqdm.external_write_mode(file=stream):
-            shown = "\n".join(map(printable, line.split("\n")))  # a file's name could control the terminal
-            print(shown, file=LenientStream(stream), flush=True)
+            print(line, file=LenientStream(stream), flush=True)

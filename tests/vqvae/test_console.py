@@ -57,6 +57,12 @@ def test_only_the_main_process_tells(
     assert progress(3, "step").disable
 
 
+def test_what_is_told_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("two\nlines \x1b[2J")
+    remark("one\nline \x1b[2J")
+    assert capsys.readouterr() == ("two\nlines \\x1b[2J\n", "one\\nline \\x1b[2J\n")
+
+
 def test_progress_is_a_line_now_and_then_without_a_terminal_and_none_if_it_is_turned_off(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
