@@ -15,6 +15,7 @@ from vqvae.stopping import BY_A_SIGNAL, Stopped, end_on_signals, ending
 end_on_signals()
 
 import os
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -46,7 +47,10 @@ def path(typed: str | Path) -> Path:
 PathOption = partial(Option, parser=path)
 Config = Annotated[Path, PathOption(help="TOML recipe; flags override it, it overrides the defaults.")]
 RunFolder = Annotated[Path | None, PathOption(help="Weights and logs [default: the VQ-VAE's or checkpoints/<recipe>]")]
-DataFolder = Annotated[Path, PathOption(help="Where MNIST is, or is to be put.")]
+Dataset = Annotated[str | None, Option(help="A name such as fashion-mnist, a folder of images, or an .npz file.")]
+OtherDataset = Annotated[str | None, Option("--dataset", help="As for train-vqvae [default: the model's own]")]
+ImageSize = Annotated[str | None, Option(help="Resize images to it: 32 or HEIGHTxWIDTH [default: the set's own]")]
+DataFolder = Annotated[Path, PathOption(help="Where datasets are, or are to be put.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: CUDA where there is a device.")]
 Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Same seed, device and number of threads: same result.")]
 Resume = Annotated[bool, Option("--resume", help="Go on with the run in the output folder.")]
@@ -65,6 +69,8 @@ Output = Annotated[Path, PathOption(help=".png for a picture, .npz for arrays.")
 @app.command(help="Stage one: train the VQ-VAE.")
 def train_vqvae(
     output_folder: RunFolder = None,
+    dataset: Dataset = None,
+    image_size: ImageSize = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
     code_dim: Annotated[
@@ -82,17 +88,20 @@ def train_vqvae(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
+    from vqvae.data.load import DatasetChoice
     from vqvae.model import VQVAEConfig
     from vqvae.storage.recipe import read_recipe, resolve
     from vqvae.storage.runs import folder_for, relative
     from vqvae.train import VQVAETraining, summarise, train_vqvae
 
-    flags = {"code_dim": code_dim, "num_codes": num_codes, "beta": beta}
+    flags: dict[str, Any] = {"code_dim": code_dim, "num_codes": num_codes, "beta": beta}
     flags |= {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
-    settings = resolve((VQVAEConfig, VQVAETraining), read_recipe(config, "vqvae"), flags, config)
+    flags |= {"dataset": dataset, "image_size": image_size}
+    classes = (VQVAEConfig, VQVAETraining, DatasetChoice)
+    *settings, data = resolve(classes, read_recipe(config, "vqvae"), flags, config)
     written = (output_folder or folder_for(config)) / "vqvae.safetensors"
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": written.parent, "download": download}
-    run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite, **asdict(data)}
     say(f"test: {summarise(train_vqvae(*settings, **run), settings[0].num_codes)}")
     following = ("train-prior", "--vqvae", written, "--config", relative(config))
     _say_what_is_next(written, *following, data_folder=data_folder)
@@ -102,6 +111,7 @@ def train_vqvae(
 def train_prior(
     vqvae: VQVAEFile = None,
     output_folder: RunFolder = None,
+    dataset: OtherDataset = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
     batch_size: BatchSize = None,
@@ -125,7 +135,7 @@ def train_prior(
     written = (output_folder or folder_for(config, file)) / "prior.safetensors"
     say(f"VQ-VAE: {describe(file)}")
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": written.parent, "download": download}
-    run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite, "dataset": dataset}
     say(f"test: {summarise(train_prior(*settings, vqvae_path=file, **run))}")
     pair = ("--vqvae", file, "--prior", written)
     _say_what_is_next(written, "sample", "--mode", "pixelcnn", *pair, "--output", "samples.png")
@@ -134,6 +144,8 @@ def train_prior(
 @app.command(help="Train the classifier whose features `evaluate` measures with.")
 def train_classifier(
     output_folder: Annotated[Path, PathOption(help="Gets the weights and the logs.")] = Path("checkpoints/classifier"),
+    dataset: Dataset = None,
+    image_size: ImageSize = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
     batch_size: Annotated[int | None, Option(min=1, help="Samples a step [default: 128]")] = None,
@@ -147,13 +159,14 @@ def train_classifier(
 ) -> None:
     from prior.evaluation.classifier import ClassifierConfig
     from prior.evaluation.classifier_training import ClassifierTraining, train_classifier
+    from vqvae.data.load import DatasetChoice
     from vqvae.storage.recipe import resolve
 
-    flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
-    settings = resolve((ClassifierConfig, ClassifierTraining), {}, flags)
+    flags = {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr, "dataset": dataset, "image_size": image_size}
+    *settings, data = resolve((ClassifierConfig, ClassifierTraining, DatasetChoice), {}, flags)
     written = output_folder / "classifier.safetensors"
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": output_folder, "download": download}
-    run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite, **asdict(data)}
     figures = train_classifier(*settings, **run)
     say(f"test: {1 - figures['error']:.2%} right, cross-entropy {figures['cross_entropy']:.4f}")
     _say_what_is_next(written, "evaluate", "--classifier", written, data_folder=data_folder)
@@ -220,6 +233,7 @@ def sample(
 @app.command(help="Pass test images through stage one and back. <name>-original.png shows the originals of <name>.png.")
 def reconstruct(
     num_images: Annotated[int, Option(min=1, help="How many test images, from the first on.")] = 100,
+    dataset: OtherDataset = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
     output: Output = Path("reconstruct.png"),
@@ -227,17 +241,21 @@ def reconstruct(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
-    from vqvae import load
     from vqvae.codec import reconstruct_split
-    from vqvae.data.mnist import load_mnist
+    from vqvae.compute import pick_device
+    from vqvae.data.dataset import DatasetInfo
+    from vqvae.data.load import load_like
+    from vqvae.model import load_vqvae
     from vqvae.output import check_output, save_reconstructions
+    from vqvae.storage.recipe import from_dict
     from vqvae.storage.runs import describe, find_vqvae
 
     check_output(output, with_original=True)
     file = find_vqvae(vqvae)
-    model = load(file, device)
+    model, header = load_vqvae(file, pick_device(device))
     say(f"weights: {describe(file)}")
-    arrays = reconstruct_split(model, load_mnist(data_folder, download).load_test(), num_images)
+    data = load_like(from_dict(DatasetInfo, header.data), dataset, data_folder, download=download)
+    arrays = reconstruct_split(model, data.load_test(), num_images)
     for written in save_reconstructions(output, arrays):
         say(f"wrote {written}")
 
@@ -245,6 +263,7 @@ def reconstruct(
 @app.command(help="Real images, reconstructions, both Gaussian baselines and the prior's samples, side by side.")
 def compare(
     num_samples: Annotated[int | None, Option(min=1, help="Images of each mode [default: 3 of each class]")] = None,
+    dataset: OtherDataset = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
     seed: Seed = 0,
@@ -256,13 +275,14 @@ def compare(
 ) -> None:
     from prior import load
     from prior.evaluation.comparison import as_text, compare_modes, save_comparison
-    from vqvae.data.mnist import load_mnist
+    from vqvae.data.load import load_like
     from vqvae.output import check_output
 
     check_output(output)
     pair = load(vqvae, prior, device)
     say(f"weights: {pair.origin}")
-    modes = compare_modes(pair, load_mnist(data_folder, download), num_samples=num_samples, seed=seed)
+    data = load_like(pair.info, dataset, data_folder, download=download)
+    modes = compare_modes(pair, data, num_samples=num_samples, seed=seed)
     save_comparison(modes, output)
     say(f"{as_text(modes)}\nwrote {output}")
 
@@ -273,6 +293,7 @@ def evaluate(
     split: Annotated[Literal["test", "validation"], Option(help="test to report, validation to choose by.")] = "test",
     guidance: Guidance = None,
     cas: Annotated[bool, Option("--cas", help="Also the classification accuracy score, which takes minutes.")] = False,
+    dataset: OtherDataset = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
     seed: Seed = 0,
@@ -289,14 +310,14 @@ def evaluate(
 ) -> None:
     from prior import load
     from prior.evaluation.report import evaluate_and_report
-    from vqvae.data.mnist import load_mnist
+    from vqvae.data.load import load_like
     from vqvae.storage.runs import describe, find_classifier
 
     pair, file = load(vqvae, prior, device), find_classifier(classifier)
     say(f"weights: {pair.origin}, measured with {describe(file)}")
-    dataset = partial(load_mnist, data_folder, download)  # is loaded after everything else has been checked
+    data = partial(load_like, dataset=dataset, data_folder=data_folder, download=download)
     options: dict[str, Any] = {"split": split, "num_samples": num_samples, "guidance": guidance, "seed": seed}
-    say(evaluate_and_report(pair, file, dataset, output_folder, accuracy_score=cas, **options))
+    say(evaluate_and_report(pair, file, data, output_folder, accuracy_score=cas, **options))
     say(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
 
 

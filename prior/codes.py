@@ -1,74 +1,87 @@
 """Images to code maps by a frozen VQ-VAE, cached on disk and bound to what they were made from."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from vqvae.codec import encode_images
-from vqvae.console import remark, say
+from vqvae.compute import in_batches
+from vqvae.console import progress, remark
 from vqvae.data.dataset import Split, digest
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
-from vqvae.storage import checkpoint
-from vqvae.storage.files import open_checked, write_atomically
-from vqvae.storage.tensors import TensorFile
+from vqvae.storage.files import open_checked
+from vqvae.storage.tensors import Streamed, TensorFile, checksum, write_streamed
+
+AT_ONCE = 1000  # images between two moves of the progress bar
 
 
 class Codes(NamedTuple):
-    """indices (N, H, W) int64 and labels (N,) int64."""
+    """indices (N, H, W) and labels (N,) int64, on the CPU. The indices are int64, or int16 where they are mapped from
+    disk."""
 
     indices: Tensor
     labels: Tensor
 
 
-def extract(model: VQVAE, split: Split) -> Codes:
-    """The code maps of a split, on the model's device."""
-    return Codes(encode_images(model, split.images), split.labels.to(model.device))
+def extract(model: VQVAE, split: Split, progress: Callable[[int], object] = lambda num_done: None) -> Codes:
+    """The code maps of a split.
+
+    Args:
+        progress: called with the number of images that were encoded since the last call.
+    """
+    return Codes(torch.cat(list(_encoded(model, split, progress))), split.labels)
 
 
 def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, folder: Path) -> Codes:
-    """`extract`, or its earlier result for the same weights and the same images.
+    """`extract`, or its earlier result for the same weights and the same images, mapped from disk.
 
     Args:
         fingerprint: of the VQ-VAE.
         name: of the split, for the file's name.
-        folder: where the cache lies, as `codes-<name>.safetensors`. A stale or damaged cache is replaced. One that
-            can't be written costs only the time to extract the codes again.
+        folder: where the cache lies, as `codes-<name>.safetensors`. A stale or damaged cache is replaced. If it can't
+            be written, the codes are kept in memory.
     """
     path = folder / f"codes-{name}.safetensors"
     origin = {"vqvae": fingerprint, "data": digest(split)}
-    labels = split.labels.to(model.device)
+    shape, num_codes = (len(split.labels), *model.map_shape), model.config.num_codes
     try:
-        indices = _read(path, origin, (len(labels), *model.map_shape), model.config.num_codes)
+        return Codes(_read(path, origin, shape, num_codes), split.labels)
     except InputError:
-        say(f"extracting the code maps of {len(labels)} {name} images")
-        codes = extract(model, split)
-        tensors = {"indices": codes.indices.to("cpu", torch.int16)}
-        metadata = {"fingerprint": checkpoint.fingerprint(origin, tensors)}
+        pass  # there is none yet, or it is stale or damaged
+    with progress(len(split.labels), "image", doing=f"code maps of {name}") as bar:
         try:
-            write_atomically(path, to_safetensors(tensors, metadata=metadata))
+            write_streamed(path, origin, {"indices": Streamed(torch.int16, shape, _encoded(model, split, bar.update))})
+            return Codes(_read(path, origin, shape, num_codes), split.labels)
         except InputError as error:
             remark(f"the {name} code maps are not kept for the next run: {error}")
-        return codes
-    return Codes(indices.to(model.device, torch.int64), labels)
+        return extract(model, split, bar.update)
+
+
+def _encoded(model: VQVAE, split: Split, progress: Callable[[int], object]) -> Iterator[Tensor]:
+    """The code maps of a split, (n, H, W) int64 on the CPU, piece by piece."""
+    for rows in in_batches(len(split.labels), AT_ONCE):
+        yield encode_images(model, split.images[rows]).cpu()
+        progress(rows.stop - rows.start)
 
 
 def _read(path: Path, origin: dict[str, str], shape: tuple[int, ...], num_codes: int) -> Tensor:
-    """The indices in a cache, int16.
+    """The indices in a cache, int16, mapped.
 
     Raises:
         InputError: there is none, it was made from something else, or it is damaged.
     """
     with open_checked(path, "a cache of code maps", "delete it") as opened:
         file = TensorFile(opened)
-        tensors = file.read({"indices": torch.empty(shape, dtype=torch.int16, device="meta")})
-        # One hash of the origin and of the codes. A stale cache and a damaged one look the same.
-        if file.metadata != {"fingerprint": checkpoint.fingerprint(origin, tensors)}:
+        if file.found != {"indices": ("I16", list(shape))}:
+            raise ValueError("codes of another shape")
+        indices = file.map()["indices"]
+        # A stale cache and a damaged one look the same.
+        if file.metadata != {**origin, "checksum": checksum([indices])}:
             raise ValueError("codes of another origin")
-        indices = tensors["indices"]
         if not 0 <= indices.min() <= indices.max() < num_codes:
             raise ValueError("codes out of range")
         return indices

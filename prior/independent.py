@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from prior.codes import Codes
+from vqvae.compute import in_batches
+
+AT_ONCE = 10_000  # maps; they may be more than fit into memory
 
 
 def unigram(train: Codes, num_codes: int) -> Tensor:
     """Each position's own code frequencies in the training maps, after one count is added to each code: (H, W, K)
     float64."""
     height, width = train.indices.shape[1:]
-    counts = torch.stack([torch.bincount(column, minlength=num_codes) for column in train.indices.flatten(1).T]) + 1.0
-    counts = counts.double().view(height, width, num_codes)
+    counts = torch.ones(height * width, num_codes, dtype=torch.float64)
+    for rows in in_batches(len(train.indices), AT_ONCE):
+        columns = train.indices[rows].flatten(1).T.long().cpu()
+        counts += torch.stack([torch.bincount(column, minlength=num_codes) for column in columns])
+    counts = counts.view(height, width, num_codes)
     return counts / counts.sum(dim=2, keepdim=True)
 
 
@@ -31,8 +37,10 @@ def draw_independently(probabilities: Tensor, num_samples: int, generator: torch
 
 def nats_by_position(probabilities: Tensor, indices: Tensor) -> Tensor:
     """Mean negative log-likelihood (H, W) of maps (N, H, W) under independent positions (H, W, K)."""
-    chosen = probabilities.log().permute(2, 0, 1).gather(0, indices)  # (N, H, W): the log-likelihood of each code
-    return -chosen.mean(dim=0)
+    log_p, total = probabilities.log().permute(2, 0, 1), torch.zeros(indices.shape[1:], dtype=torch.float64)
+    for rows in in_batches(len(indices), AT_ONCE):
+        total += log_p.gather(0, indices[rows].long().cpu()).sum(dim=0)  # of (n, H, W), the log-likelihood of each code
+    return -total / len(indices)
 
 
 def baselines(train: Codes, split: Codes, num_codes: int) -> dict[str, float]:

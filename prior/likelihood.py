@@ -45,7 +45,7 @@ def nats_per_map(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None, n
     nats = []
     with eval_mode(prior):
         for rows in in_batches(len(indices), maps_at_once(prior)):
-            some = indices[rows].to(prior.device)
+            some = indices[rows].to(prior.device).long()
             logits = prior(some, None if labels is None else labels[rows].to(prior.device))
             by_position = F.cross_entropy(logits, some, reduction="none").double()  # (B, H, W)
             nats.append(by_position[:, :num_rows].sum(dim=(1, 2)).cpu())
@@ -88,6 +88,7 @@ def nats_by_position(prior: GatedPixelCNN, codes: Codes) -> Tensor:
     total = torch.zeros(prior.map_shape, dtype=torch.float64, device=prior.device)
     with eval_mode(prior):
         for rows in in_batches(len(codes.labels), maps_at_once(prior)):
-            logits = prior(codes.indices[rows], codes.labels[rows])
-            total += F.cross_entropy(logits, codes.indices[rows], reduction="none").sum(dim=0)
+            indices = codes.indices[rows].to(prior.device).long()
+            logits = prior(indices, codes.labels[rows].to(prior.device))
+            total += F.cross_entropy(logits, indices, reduction="none").sum(dim=0)
     return total / len(codes.labels)

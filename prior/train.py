@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prior.codes import Codes, extract, extract_cached
+from prior.codes import Codes, extract_cached
 from prior.independent import baselines
 from prior.likelihood import maps_at_once, nats_per_code
 from prior.model import GatedPixelCNN, PriorConfig, load_prior
 from prior.pair import draw_maps
 from vqvae.codec import decode_images
 from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
-from vqvae.data.dataset import Dataset, digest
-from vqvae.data.mnist import load_mnist
+from vqvae.data.dataset import Dataset, DatasetInfo, digest, require_same_kind
+from vqvae.data.load import load_like
 from vqvae.distributed import main_first, shard
 from vqvae.model import VQVAE, load_vqvae
 from vqvae.pictures import COLUMNS, grid
 from vqvae.storage import checkpoint
 from vqvae.storage.checkpoint import Header
-from vqvae.storage.recipe import require_range
+from vqvae.storage.recipe import from_dict, require_range
 from vqvae.storage.runs import run_lock, weights_file
 from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
@@ -55,7 +55,7 @@ def evaluate_prior(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
     averager = MetricAverager()
     with eval_mode(prior):
         for rows in shard(in_batches(len(codes.labels), maps_at_once(prior))):
-            indices, labels = codes.indices[rows], codes.labels[rows]
+            indices, labels = codes.indices[rows].to(prior.device).long(), codes.labels[rows].to(prior.device)
             averager.add({"nats_per_code": nats_per_code(prior, indices, labels)}, len(indices))
     nats = averager.averages()["nats_per_code"]
     return {"nats_per_code": nats, "bits_per_image": nats / math.log(2) * codes.indices[0].numel()}
@@ -107,7 +107,7 @@ class PriorTask(Task):
 
     def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
         indices, labels = batch
-        return indices, drop_labels(labels, self.training.label_dropout, self.prior.no_label)
+        return indices.long(), drop_labels(labels, self.training.label_dropout, self.prior.no_label)
 
     def loss(self, *batch: Tensor) -> dict[str, Tensor]:
         indices, labels = batch
@@ -132,7 +132,8 @@ class PriorTask(Task):
         indices, labels = self.data
         if epoch == 1:
             with eval_mode(self.prior):
-                log.graph(self.prior, (indices[:1], labels[:1]))
+                device = self.prior.device
+                log.graph(self.prior, (indices[:1].to(device).long(), labels[:1].to(device)))
         if epoch % SHOW_EVERY == 0 or epoch == self.training.num_epochs:
             columns = torch.arange(NUM_SHOWN) % COLUMNS % max(self.info.num_classes, 1)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "samples"))
@@ -146,6 +147,7 @@ def train_prior(
     *,
     vqvae_path: Path,
     seed: int = 0,
+    dataset: str | Path | None = None,
     data_folder: Path,
     output_folder: Path,
     device: str | torch.device = "auto",
@@ -157,6 +159,7 @@ def train_prior(
     `<output folder>/prior.safetensors`.
 
     Args:
+        dataset, data_folder: see `vqvae.data.load.load_like`. None stands for the dataset of the VQ-VAE.
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.
         download: fetch the data where it is missing.
@@ -167,21 +170,24 @@ def train_prior(
     vqvae, vqvae_header = load_vqvae(vqvae_path, where)
     folder, path = output_folder / "prior", weights_file(output_folder, "prior")
     with main_first():
-        dataset = load_mnist(data_folder, download)
-    num_codes, num_classes = vqvae.config.num_codes, dataset.info.num_classes
+        info = from_dict(DatasetInfo, vqvae_header.data)
+        data = load_like(info, dataset, data_folder, download=download)
+        require_same_kind(info, data.info)
+    num_codes, num_classes = vqvae.config.num_codes, data.info.num_classes
     require_memory_to_train(lambda: GatedPixelCNN(config, num_codes, vqvae.map_shape, num_classes), config.width)
     with run_lock(output_folder, "prior", resume=resume, overwrite=overwrite):
         if resume:  # before the code maps of other data replace this run's
-            require_same_settings(folder / "resume.pt", run_settings(config, training, dataset, vqvae_header, seed))
+            require_same_settings(folder / "resume.pt", run_settings(config, training, data, vqvae_header, seed))
         with main_first():
             train, validation = (
                 extract_cached(vqvae, vqvae_header.fingerprint, split, name, folder)
-                for name, split in (("train", dataset.train), ("validation", dataset.validation))
+                for name, split in (("train", data.train), ("validation", data.validation))
             )
-        task = PriorTask(config, training, dataset, train, validation, vqvae, vqvae_header, path, seed)
+        task = PriorTask(config, training, data, train, validation, vqvae, vqvae_header, path, seed)
         fit(task, training, Run(folder, seed, task.settings, resume))
         best, _ = load_prior(path, vqvae, vqvae_header, where)
-        test = extract(vqvae, dataset.load_test())
+        with main_first():
+            test = extract_cached(vqvae, vqvae_header.fingerprint, data.load_test(), "test", folder)
         return {**evaluate_prior(best, test), **baselines(train, test, num_codes)}
 
 

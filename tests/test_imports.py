@@ -16,7 +16,7 @@ RANKING = """
     vqvae.storage vqvae.storage.shipped vqvae.shell vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
     vqvae.storage.checkpoint vqvae.storage.runs
     vqvae.data vqvae.data.dataset vqvae.data.pixels vqvae.data.idx vqvae.data.archive vqvae.data.download
-    vqvae.data.mnist vqvae.pictures vqvae.output
+    vqvae.data.mnist vqvae.data.load vqvae.pictures vqvae.output
     vqvae.training vqvae.training.settings vqvae.training.signals vqvae.training.averages vqvae.training.logs
     vqvae.training.state vqvae.training.loop
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae
@@ -28,7 +28,7 @@ RANKING = """
     cli
 """.split()
 MAX_LINES = 300
-MAX_LINES_OF_CLI = 350
+MAX_LINES_OF_CLI = 450
 
 
 def module_name(path: Path) -> str:
@@ -85,7 +85,7 @@ def test_mnists_numbers_stand_in_one_file() -> None:
 
 
 def test_only_training_tasks_and_the_command_line_know_where_images_come_from() -> None:
-    users = {module for module, source in SOURCES.items() if "vqvae.data.mnist" in imported(source)}
+    users = {module for module, source in SOURCES.items() if "vqvae.data.load" in imported(source)}
     assert users == {"vqvae.train", "prior.train", "prior.evaluation.classifier_training", "cli"}
 
 

@@ -11,7 +11,7 @@ from vqvae.codec import reconstruct_images
 from vqvae.compute import eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
 from vqvae.console import remark
 from vqvae.data.dataset import Dataset, Split, digest
-from vqvae.data.mnist import load_mnist
+from vqvae.data.load import load_dataset
 from vqvae.data.pixels import to_model_range, to_unit_range
 from vqvae.distributed import all_reduce_sum, main_first, shard
 from vqvae.errors import InputError
@@ -89,10 +89,10 @@ def evaluate_vqvae(
     if len(split.labels) == 0:
         raise InputError("expected at least one image to evaluate, found none; choose another split")
     averager, num_codes = MetricAverager(), model.config.num_codes
-    counts = torch.zeros(num_codes, dtype=torch.int64, device=split.images.device)
+    counts = torch.zeros(num_codes, dtype=torch.int64, device=model.device)
     with eval_mode(*(network for network in (model, predictor) if network is not None)):
         for rows in shard(in_batches(len(split.labels), EVALUATION_BATCH)):
-            images = split.images[rows]
+            images = split.images[rows].to(model.device)
             terms, x_hat, indices = loss_terms(model, images, training, predictor)
             error = (x_hat - to_unit_range(to_model_range(images))).square().flatten(1).mean(1)
             psnr = -10 * error.clamp(min=1e-10).log10()
@@ -125,8 +125,7 @@ class VQVAETask(Task):
         self.training, self.info, self.path = training, dataset.info, path
         self.settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(dataset.train)}
         torch.manual_seed(seed)
-        self.validation = dataset.validation.to(device)
-        self.data = (dataset.train.images.to(device),)
+        self.data, self.validation = (dataset.train.images,), dataset.validation
         self.vqvae = VQVAE(config, dataset.info.image_shape).to(device).to(memory_format=torch.channels_last)
         self.predictor: CausalPredictor | None = None
         if training.prediction_weight > 0:
@@ -155,7 +154,7 @@ class VQVAETask(Task):
         shown = self.validation.images[:NUM_SHOWN]
         if epoch == 1:
             with eval_mode(self.vqvae):
-                log.graph(self.vqvae, (to_model_range(shown[:1]),))
+                log.graph(self.vqvae, (to_model_range(shown[:1].to(self.vqvae.device)),))
         log.picture("original", grid(to_unit_range(to_model_range(shown))), step)
         log.picture("reconstruction", grid(reconstruct_images(self.vqvae, shown)[1]), step)
 
@@ -165,6 +164,8 @@ def train_vqvae(
     training: VQVAETraining,
     *,
     seed: int = 0,
+    dataset: str | Path = "mnist",
+    image_size: str | int | None = None,
     data_folder: Path,
     output_folder: Path,
     device: str | torch.device = "auto",
@@ -175,6 +176,7 @@ def train_vqvae(
     """Train stage one. The best epoch on validation is kept as `<output folder>/vqvae.safetensors`.
 
     Args:
+        dataset, image_size, data_folder: see `vqvae.data.load.load_dataset`.
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.
         download: fetch the data where it is missing.
@@ -184,13 +186,13 @@ def train_vqvae(
     seed = require_whole("seed", seed, 0)
     path, where = weights_file(output_folder, "vqvae"), pick_device(device)
     with main_first():
-        dataset = load_mnist(data_folder, download)
-    require_memory_to_train(lambda: VQVAE(config, dataset.info.image_shape), config.width)
+        data = load_dataset(dataset, data_folder, image_size=image_size, download=download)
+    require_memory_to_train(lambda: VQVAE(config, data.info.image_shape), config.width)
     with run_lock(output_folder, "vqvae", resume=resume, overwrite=overwrite):
-        task = VQVAETask(config, training, dataset, path, where, seed)
+        task = VQVAETask(config, training, data, path, where, seed)
         fit(task, training, Run(output_folder / "vqvae", seed, task.settings, resume))
         best, _ = load_vqvae(path, where)
-        figures = evaluate_vqvae(best, dataset.load_test().to(where), training)
+        figures = evaluate_vqvae(best, data.load_test(), training)
     if advice := advice_on_codebook(figures, config):
         remark(advice)
     return figures

@@ -1,6 +1,5 @@
 """Training the classifier: on all training images for the metrics, or on a few images for the accuracy score."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from prior.evaluation.classifier import EVALUATION_BATCH, Classifier, ClassifierConfig, load_classifier
 from vqvae.compute import eval_mode, in_batches, pick_device
-from vqvae.data.dataset import Dataset, DatasetInfo, Split, digest
-from vqvae.data.mnist import load_mnist
+from vqvae.data.dataset import Dataset, DatasetInfo, Deformation, Split, digest
+from vqvae.data.load import load_dataset
 from vqvae.data.pixels import to_model_range
 from vqvae.distributed import require_one_process
 from vqvae.errors import InputError
@@ -23,11 +22,6 @@ from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
-
-# The augmentation of an image is drawn uniformly, up to:
-MAX_ROTATION = math.radians(12)
-MAX_SCALING = 0.12  # share of the size
-MAX_SHIFT = 0.15  # share of half the image's side
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,9 @@ class ClassifierTraining(Training):
     weight_decay: float = 0.01
 
 
-def augment(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) in -1..1, each rotated, scaled and shifted a little. What comes in from outside is -1.
+def augment(x: Tensor, deformation: Deformation) -> Tensor:
+    """Images (B, C, H, W) in -1..1, each rotated, scaled, shifted and perhaps mirrored. What comes in from outside is
+    -1, black.
 
     The amounts come from the global generator, separately for each image.
     """
@@ -49,9 +44,12 @@ def augment(x: Tensor) -> Tensor:
     def draw(most: float) -> Tensor:
         return torch.empty(len(x), device=x.device).uniform_(-most, most)
 
-    angle, scale = draw(MAX_ROTATION), 1 + draw(MAX_SCALING)
+    angle, scale = draw(deformation.rotation), 1 + draw(deformation.scaling)
     cosine, sine = scale * angle.cos(), scale * angle.sin()
-    rows = [torch.stack([cosine, -sine, draw(MAX_SHIFT)], 1), torch.stack([sine, cosine, draw(MAX_SHIFT)], 1)]
+    shift = deformation.shift
+    rows = [torch.stack([cosine, -sine, draw(shift)], 1), torch.stack([sine, cosine, draw(shift)], 1)]
+    if deformation.flips:
+        rows[0] = rows[0] * draw(1).sign()[:, None]
     positions = F.affine_grid(torch.stack(rows, dim=1), list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, positions, align_corners=False) - 1  # grid_sample fills with 0, which becomes -1
 
@@ -61,8 +59,8 @@ def evaluate_classifier(model: Classifier, split: Split) -> dict[str, float]:
     averager = MetricAverager()
     with eval_mode(model):
         for rows in in_batches(len(split.labels), EVALUATION_BATCH):
-            labels = split.labels[rows]
-            logits = model(to_model_range(split.images[rows]))
+            labels = split.labels[rows].to(model.device)
+            logits = model(to_model_range(split.images[rows].to(model.device)))
             error = (logits.argmax(dim=1) != labels).float().mean()
             averager.add({"cross_entropy": F.cross_entropy(logits, labels), "error": error}, len(labels))
     return averager.averages()
@@ -75,14 +73,14 @@ class ClassifierTask(Task):
     unit = "images"
     best_by = "cross_entropy"
 
-    def __init__(self, model: Classifier, train: Split, validation: Split) -> None:
-        self.model, self.validation = model, validation
+    def __init__(self, model: Classifier, train: Split, validation: Split, deformation: Deformation) -> None:
+        self.model, self.validation, self.deformation = model, validation, deformation
         self.data = (train.images, train.labels)
 
     def loss(self, *batch: Tensor) -> dict[str, Tensor]:
         """Mean cross-entropy in nats of images (B, C, H, W) uint8 under their labels (B,)."""
         images, labels = batch
-        return {"cross_entropy": F.cross_entropy(self.model(augment(to_model_range(images))), labels)}
+        return {"cross_entropy": F.cross_entropy(self.model(augment(to_model_range(images), self.deformation)), labels)}
 
     def evaluate(self) -> dict[str, float]:
         return evaluate_classifier(self.model, self.validation)
@@ -92,7 +90,7 @@ class SavedClassifierTask(ClassifierTask):
     """The same, and the weights of the best epoch are saved at `path`."""
 
     def __init__(self, model: Classifier, dataset: Dataset, path: Path, recipe: Mapping[str, Any]) -> None:
-        super().__init__(model, dataset.train.to(model.device), dataset.validation.to(model.device))
+        super().__init__(model, dataset.train, dataset.validation, dataset.deformation)
         self.info, self.path, self.recipe = dataset.info, path, recipe
 
     def save_best(self, figures: dict[str, float]) -> None:
@@ -109,7 +107,7 @@ class SavedClassifierTask(ClassifierTask):
     def show(self, log: RunLog, epoch: int, step: int) -> None:
         if epoch == 1:
             with eval_mode(self.model):
-                log.graph(self.model, (to_model_range(self.validation.images[:1]),))
+                log.graph(self.model, (to_model_range(self.validation.images[:1].to(self.model.device)),))
 
 
 def train_classifier(
@@ -117,6 +115,8 @@ def train_classifier(
     training: ClassifierTraining,
     *,
     seed: int = 0,
+    dataset: str | Path = "mnist",
+    image_size: str | int | None = None,
     data_folder: Path,
     output_folder: Path,
     device: str | torch.device = "auto",
@@ -127,6 +127,7 @@ def train_classifier(
     """Train the classifier. The best epoch on validation is saved as `<output folder>/classifier.safetensors`.
 
     Args:
+        dataset, image_size, data_folder: see `vqvae.data.load.load_dataset`.
         device: "cpu", "cuda", or "auto" for CUDA where there is a device.
         resume: go on with the run in the output folder; the result equals that of a run never stopped.
         overwrite: replace the run in the output folder.
@@ -140,36 +141,40 @@ def train_classifier(
     """
     require_one_process("a classifier")  # before anything is downloaded
     where = pick_device(device)
-    dataset = load_mnist(data_folder, download)
-    require_trainable(dataset.info)
+    data = load_dataset(dataset, data_folder, image_size=image_size, download=download)
+    require_trainable(data.info)
     path = weights_file(output_folder, "classifier")
     with run_lock(output_folder, "classifier", resume, overwrite):
         torch.manual_seed(seed)
-        model = Classifier(config, dataset.info.image_shape, dataset.info.num_classes).to(where)
-        settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(dataset.train)}
-        task = SavedClassifierTask(model, dataset, path, settings)
+        model = Classifier(config, data.info.image_shape, data.info.num_classes).to(where)
+        settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(data.train)}
+        task = SavedClassifierTask(model, data, path, settings)
         fit(task, training, Run(output_folder / "classifier", seed, settings, resume))
         best, _ = load_classifier(path, where)
-        return evaluate_classifier(best, dataset.load_test().to(where))
+        return evaluate_classifier(best, data.load_test())
 
 
 def accuracy_after_training_on(
-    split: Split, test: Split, info: DatasetInfo, training: ClassifierTraining, seed: int
+    split: Split,
+    test: Split,
+    info: DatasetInfo,
+    training: ClassifierTraining,
+    deformation: Deformation,
+    seed: int,
+    device: torch.device,
 ) -> float:
     """The share of test images that a new classifier gets right after it has seen only `split` (arXiv:1905.10887).
 
     The weights are those of the last epoch, because choosing an epoch would take real images.
 
-    Args:
-        split, test: on the same device, which the classifier is trained on.
     Raises:
         InputError: the data has no classes, or there are several processes.
     """
     require_trainable(info)
     torch.manual_seed(seed)
-    model = Classifier(ClassifierConfig(), info.image_shape, info.num_classes).to(split.images.device)
+    model = Classifier(ClassifierConfig(), info.image_shape, info.num_classes).to(device)
     watched = split.first(EVALUATION_BATCH)  # the loop wants figures after each epoch; nothing is chosen by them
-    fit(ClassifierTask(model, split, watched), training, Run(None, seed, settings={}))
+    fit(ClassifierTask(model, split, watched, deformation), training, Run(None, seed, settings={}))
     return 1 - evaluate_classifier(model, test)["error"]
 
 

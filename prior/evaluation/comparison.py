@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from prior.evaluation.metrics import nearest
-from prior.evaluation.sets import require_same_kind, unit_images
+from prior.evaluation.sets import unit_images
 from prior.likelihood import mixture_nats_per_map
 from prior.pair import Pair, draw_maps
 from prior.sampling import GUIDANCE, draw_labels
 from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode
-from vqvae.data.dataset import Dataset
+from vqvae.data.dataset import Dataset, require_same_kind
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.pictures import COLUMNS, save_sheet

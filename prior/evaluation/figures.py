@@ -71,12 +71,8 @@ def measure_likelihood(prior: GatedPixelCNN, codes: dict[str, Codes], train: Cod
 
 def extract_codes(vqvae: VQVAE, split: Split) -> Codes:
     """`extract`, with a progress bar."""
-    parts = []
     with progress(len(split.labels), "image", doing="code maps") as bar:
-        for rows in in_batches(len(split.labels), AT_ONCE):
-            parts.append(extract(vqvae, Split(split.images[rows], split.labels[rows])))
-            bar.update(len(parts[-1].labels))
-    return Codes(*map(torch.cat, zip(*parts, strict=True)))
+        return extract(vqvae, split, bar.update)
 
 
 def measure_positions(prior: GatedPixelCNN, codes: Codes) -> Tensor:

@@ -29,7 +29,6 @@ from prior.evaluation.sets import (
     decoded_images,
     make_samplers,
     real_images,
-    require_same_kind,
 )
 from prior.independent import nats_by_position as unigram_nats_by_position
 from prior.independent import unigram
@@ -38,7 +37,7 @@ from prior.pair import Pair
 from prior.sampling import GUIDANCE, check_options
 from vqvae.compute import require_whole
 from vqvae.console import progress, say
-from vqvae.data.dataset import Dataset, DatasetInfo, Split
+from vqvae.data.dataset import Dataset, DatasetInfo, Split, require_same_kind
 from vqvae.distributed import main_first
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
@@ -63,7 +62,7 @@ class Evaluation(NamedTuple):
 def evaluate_pair(
     pair: Pair,
     classifier_file: Path,
-    load_dataset: Callable[[], Dataset],
+    load_dataset: Callable[[DatasetInfo], Dataset],
     *,
     split: str = "test",
     num_samples: int | None = None,
@@ -76,7 +75,8 @@ def evaluate_pair(
 
     Args:
         classifier_file: weights of the classifier whose features the metrics are taken in.
-        load_dataset: is called after everything else has been checked, because it may fetch the data.
+        load_dataset: the pair's dataset, or another of the same kind, by the facts of the former. It is called after
+            everything else has been checked, because it may fetch the data.
         split: "validation" to choose by, or "test" to report.
         num_samples: images in each set, at least 100. None takes as many as the split has.
         guidance: of samples with labels. None stands for `sampling.GUIDANCE`.
@@ -96,7 +96,7 @@ def evaluate_pair(
     classifier, classifier_header = load_classifier(classifier_file, pair.vqvae.device)
     require_fitting(classifier, pair.info)
     with main_first():
-        dataset = load_dataset()
+        dataset = load_dataset(pair.info)
     require_same_kind(pair.info, dataset.info)
     splits = {"train": dataset.train, "validation": dataset.validation}
     if split == "test":
@@ -119,9 +119,7 @@ def evaluate_pair(
     if accuracy_score:
         save(evaluation)
         samples = evaluation.labelled_samples
-        scores = classification_accuracy_score(
-            samples, dataset.train, splits[split], pair.info, seed, pair.vqvae.device
-        )
+        scores = classification_accuracy_score(samples, dataset, splits[split], pair.info, seed, pair.vqvae.device)
         evaluation.figures["classification_accuracy_score"] = scores
     return evaluation
 
@@ -194,7 +192,7 @@ def evaluate(
         "rows": rows,
         "stage_one": {
             "num_images": num_samples,
-            **evaluate_vqvae(vqvae, held_out.to(vqvae.device), VQVAETraining()),
+            **evaluate_vqvae(vqvae, held_out, VQVAETraining()),
             "ssim": structural_similarity(held_out.images, sets["reconstructions"].images),
         },
         "likelihood": measure_likelihood(prior, codes, train_codes),
@@ -214,7 +212,7 @@ def evaluate(
 
 
 def classification_accuracy_score(
-    samples: ImageSet, train: Split, measured: Split, info: DatasetInfo, seed: int, device: torch.device
+    samples: ImageSet, dataset: Dataset, measured: Split, info: DatasetInfo, seed: int, device: torch.device
 ) -> dict[str, float]:
     """The accuracy on held-out images of a classifier that was trained on labelled samples alone (arXiv:1905.10887).
 
@@ -225,12 +223,12 @@ def classification_accuracy_score(
     """
     assert samples.labels is not None
     num = len(samples.images)
-    sources = {"samples": Split(samples.images, samples.labels), "real": train.first(num)}
+    sources = {"samples": Split(samples.images, samples.labels), "real": dataset.train.first(num)}
     scores = {}
     for name, source in sources.items():
         say(f"training a classifier on {num} {'real images' if name == 'real' else name}")
         scores[name] = accuracy_after_training_on(
-            source.to(device), measured.to(device), info, ClassifierTraining(), seed
+            source, measured, info, ClassifierTraining(), dataset.deformation, seed, device
         )
     return scores
 

@@ -16,7 +16,7 @@ from prior.evaluation.plots import plot_code_usage, plot_heat_maps
 from prior.evaluation.sets import unit_images
 from prior.evaluation.tables import Table, as_markdown, as_text, describe_origin, notes, tabulate
 from prior.pair import Pair
-from vqvae.data.dataset import Dataset
+from vqvae.data.dataset import Dataset, DatasetInfo
 from vqvae.distributed import is_main
 from vqvae.pictures import grid_png
 from vqvae.storage.files import require_writable, write_atomically
@@ -78,12 +78,12 @@ class Picture(NamedTuple):
 
 
 def evaluate_and_report(
-    pair: Pair, classifier_file: Path, load_dataset: Callable[[], Dataset], folder: Path, **options: Any
+    pair: Pair, classifier_file: Path, load_dataset: Callable[[DatasetInfo], Dataset], folder: Path, **options: Any
 ) -> str:
     """Measure a pair, write the report into a folder, and return all tables as text.
 
     Args:
-        load_dataset: is called after everything else has been checked.
+        load_dataset: see `measure.evaluate_pair`.
         options: split, num_samples, guidance, seed and accuracy_score of `measure.evaluate_pair`.
     Raises:
         InputError: an option is out of range, a file is missing or damaged, or the folder can't be written.

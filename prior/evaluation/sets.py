@@ -14,7 +14,6 @@ from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode
 from vqvae.data.dataset import DatasetInfo, Split
 from vqvae.data.pixels import to_bytes, to_model_range, to_unit_range
-from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE
 
@@ -136,16 +135,3 @@ def prior_samplers(
 def unit_images(images: Tensor) -> Tensor:
     """uint8 images as float32 in 0..1, rounded exactly as the model's output is."""
     return to_unit_range(to_model_range(images))
-
-
-def require_same_kind(learned: DatasetInfo, found: DatasetInfo) -> None:
-    """Refuse images that are not of the kind that a model has learned.
-
-    Raises:
-        InputError: another image shape or other classes.
-    """
-    if (found.image_shape, found.class_names) != (learned.image_shape, learned.class_names):
-        raise InputError(
-            f"expected images and classes like those of {learned.name}, which the model was trained on, found those of "
-            f"{found.name}; choose the same data"
-        )

@@ -1,6 +1,5 @@
 """What a dataset is: its splits, and the facts about it that models depend on."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from vqvae.errors import InputError
 from vqvae.storage.recipe import require_range
+from vqvae.storage.tensors import checksum
 
 MAX_SIDE = 1024  # of an image; a checkpoint may ask for no more
 SPLIT_SEED = 20171102  # one validation split for every run, whatever the run's own seed
@@ -30,6 +30,8 @@ class DatasetInfo:
     image_shape: tuple[int, int, int]  # (channels, height, width)
     class_names: tuple[str, ...]  # () if the images have no labels
     class_counts: tuple[int, ...]  # how many training images each class has
+    source: str = ""  # the folder or file that it was read from; empty for a set that is known by its name
+    split_seed: int = SPLIT_SEED  # of the splits, where the set has none of its own
 
     def __post_init__(self) -> None:
         channels, height, width = self.image_shape
@@ -37,7 +39,7 @@ class DatasetInfo:
             raise InputError(f"expected images of 1 or 3 channels, found {channels}; convert them to grey or to RGB")
         require_range("image_shape[1]", height, 1, MAX_SIDE)
         require_range("image_shape[2]", width, 1, MAX_SIDE)
-        if not all(text and text.isprintable() for text in (self.name, *self.class_names)):
+        if not all(text and text.isprintable() for text in (self.name, *self.class_names, self.source or self.name)):
             raise InputError(
                 "expected names that can be printed, found an empty one or one with control characters; rename it"
             )
@@ -71,25 +73,39 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
-
     def first(self, num: int) -> "Split":
         """The first `num` images and labels, or all of them if there are fewer."""
         return Split(self.images[:num], self.labels[:num])
+
+
+class Deformation(NamedTuple):
+    """How far an image may be deformed and still show the same. A classifier learns from images that are deformed so;
+    each amount is drawn uniformly up to the one that stands here. The default is for images of any kind.
+    """
+
+    rotation: float = 0.0  # radians
+    scaling: float = 0.1  # share of the size
+    shift: float = 0.1  # share of half the image's side
+    flips: bool = False  # left and right, half of the images
+
+
+ANY_KIND = Deformation()
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A dataset with its splits.
 
-    The test split is for the final evaluation and for pictures only, so it is loaded only when it is asked for.
+    The images lie on the CPU. Those of a folder or of a file are mapped from disk, so that a set can be larger than
+    memory: take rows of them, never all at once. The test split is for the final evaluation and for pictures only, so
+    it is loaded only when it is asked for.
     """
 
     info: DatasetInfo
     train: Split
     validation: Split
     load_test: Callable[[], Split]
+    deformation: Deformation = ANY_KIND
 
 
 def split_validation(full: Split) -> tuple[Split, Split]:
@@ -110,6 +126,17 @@ def split_validation(full: Split) -> tuple[Split, Split]:
 
 def digest(split: Split) -> str:
     """The SHA-256 of a split's pixels and labels. Anything that is derived from a split is stored with its digest."""
-    sha = hashlib.sha256(split.images.cpu().numpy().tobytes())
-    sha.update(split.labels.cpu().numpy().tobytes())
-    return sha.hexdigest()
+    return checksum(split)
+
+
+def require_same_kind(learned: DatasetInfo, found: DatasetInfo) -> None:
+    """Refuse images that are not of the kind that a model has learned.
+
+    Raises:
+        InputError: another image shape or other classes.
+    """
+    if (found.image_shape, found.class_names) != (learned.image_shape, learned.class_names):
+        raise InputError(
+            f"expected images and classes like those of {learned.name}, which the model was trained on, found those of "
+            f"{found.name}; choose the same data, by `dataset`"
+        )

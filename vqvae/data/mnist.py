@@ -4,13 +4,14 @@ The files on disk are torchvision's own (`<data folder>/MNIST/raw/*-ubyte`). The
 originals. If the folder holds an `MD5SUMS` file of its own, as the tests' folder does, they are compared with that.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Split, split_validation
+from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Deformation, Split, split_validation
 from vqvae.data.download import fetch, missing_files
 from vqvae.data.idx import MNIST_MD5, Sums, read_arrays, read_sums
 from vqvae.errors import InputError
@@ -18,6 +19,7 @@ from vqvae.errors import InputError
 IMAGE_SIDE = 28
 IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)
 NUM_CLASSES = 10
+DIGITS = Deformation(rotation=math.radians(12), scaling=0.12, shift=0.15)
 
 
 def load_mnist(data_folder: Path, download: bool = True) -> Dataset:
@@ -38,7 +40,9 @@ def load_mnist(data_folder: Path, download: bool = True) -> Dataset:
         class_names=tuple(map(str, range(NUM_CLASSES))),
         class_counts=tuple(torch.bincount(train.labels, minlength=NUM_CLASSES).tolist()),
     )
-    return Dataset(info, train, validation, load_test=partial(_load, data_folder, "t10k", download, sums))
+    return Dataset(
+        info, train, validation, load_test=partial(_load, data_folder, "t10k", download, sums), deformation=DIGITS
+    )
 
 
 def _load(data_folder: Path, part: str, download: bool, sums: Sums) -> Split:

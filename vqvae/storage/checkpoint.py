@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from vqvae.errors import InputError
 from vqvae.storage.files import open_checked, write_atomically
-from vqvae.storage.tensors import TensorFile
+from vqvae.storage.tensors import TensorFile, update_hash
 
 FORMAT_VERSION = 2
 CHECKSUM_LENGTH = 64  # a SHA-256 in hexadecimal, at the end of a resume state
@@ -88,7 +88,7 @@ def fingerprint(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.numpy().tobytes())
+        update_hash(sha, tensor)
     return sha.hexdigest()
 
 

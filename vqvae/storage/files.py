@@ -9,7 +9,7 @@ import io
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -128,8 +128,11 @@ def require_writable(path: Path, remedy: str = ANOTHER_PLACE) -> None:
                 scratch.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file completely or not at all. If several processes run, only the main one writes.
+
+    Args:
+        content: what to write, or a function that writes it to the file that it is given.
 
     The content goes to a scratch file in the same folder, which is flushed to disk and then renamed to `path`. If
     `path` is a link, the link stays and the file that it leads to is replaced. A new file has the mode that the umask
@@ -149,7 +152,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         scratch = target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}{SCRATCH}")
         try:
             with scratch.open("xb") as file:
-                file.write(content)
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
                 file.flush()
                 _flush_to_disk(file.fileno())
             with suppress(OSError):  # there is no old file, or the file system has no modes

@@ -1,22 +1,91 @@
 """Safetensors files, read from an opened file: first what it says that it holds, then the tensors.
 
 The package safetensors opens a file by its name. Here it gets the bytes instead. So the metadata and the tensors come
-from one and the same file, even if another takes its place meanwhile; and the name may be any name.
+from one and the same file, even if another takes its place meanwhile; and the name may be any name. Tensors that need
+not fit into memory are written piece by piece, and mapped from disk.
 """
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
-from typing import BinaryIO
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from vqvae.storage.files import read_at_most
+from vqvae.storage.files import read_at_most, write_atomically
 
-TYPE_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.int16: "I16", torch.bool: "BOOL"}  # of all tensors here
+TYPE_NAMES = {  # of all tensors here
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 MAX_TABLE = 2**24  # bytes; ten times what the largest network's names take
+HASHED_AT_ONCE = 2**24  # bytes
+
+
+class Streamed(NamedTuple):
+    """A tensor that is written piece by piece."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterable[Tensor]  # rows of it, in order
+
+
+def write_streamed(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Streamed]) -> None:
+    """Write tensors as a safetensors file, completely or not at all. All pieces of one are written before the next.
+
+    Args:
+        metadata: text by name. It may not have the name "checksum", which gets the SHA-256 of all pieces.
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def write(file: BinaryIO) -> None:
+        table: dict[str, object] = {"__metadata__": {**metadata, "checksum": "0" * 64}}
+        end = 0
+        for name, (dtype, shape, _) in tensors.items():
+            start, end = end, end + dtype.itemsize * math.prod(shape)
+            table[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(table)
+        text += " " * (-len(text) % 8)  # so that what follows is aligned
+        place = text.index("0" * 64)
+        file.write(len(text).to_bytes(8, "little") + text.encode())
+        sha = hashlib.sha256()
+        for tensor in tensors.values():
+            for piece in tensor.pieces:
+                content = piece.to("cpu", tensor.dtype).contiguous().numpy().tobytes()
+                sha.update(content)
+                file.write(content)
+        if file.tell() != 8 + len(text) + end:
+            raise ValueError(f"expected pieces of {end} bytes in all, found {file.tell() - 8 - len(text)}")
+        file.seek(8 + place)
+        file.write(sha.hexdigest().encode())
+
+    write_atomically(path, write)
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """The SHA-256 of tensors' values, one after the other."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        update_hash(sha, tensor)
+    return sha.hexdigest()
+
+
+def update_hash(sha: "hashlib._Hash", tensor: Tensor) -> None:
+    """Add a tensor's values to a hash, a piece at a time, so that a mapped one is never in memory as a whole."""
+    values = tensor.detach().cpu().contiguous().view(-1)
+    for piece in values.split(max(HASHED_AT_ONCE // values.element_size(), 1)):
+        sha.update(piece.numpy().data)
 
 
 class TensorFile:
@@ -34,9 +103,26 @@ class TensorFile:
         table = json.loads(file.read(length))
         self.metadata: dict[str, str] = table.pop("__metadata__", None) or {}
         self.found = {name: (entry["dtype"], entry["shape"]) for name, entry in table.items()}
+        self.offsets = {name: entry["data_offsets"] for name, entry in table.items()}
         self.start = 8 + length
         if self.start + max(entry["data_offsets"][1] for entry in table.values()) != os.fstat(file.fileno()).st_size:
             raise ValueError("it is not as long as it says")
+
+    def map(self) -> dict[str, Tensor]:
+        """All tensors, mapped from disk: their values are read where they are used. They must not be changed.
+
+        Raises:
+            Exception: the table contradicts itself.
+        """
+        types = {name: dtype for dtype, name in TYPE_NAMES.items()}
+        tensors = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of arrays that must not be changed
+            for name, (kind, shape) in self.found.items():
+                start, end = self.offsets[name]
+                content = np.memmap(self.file, np.uint8, "r", self.start + start, end - start)
+                tensors[name] = torch.from_numpy(content).view(types[kind]).view(shape)
+        return tensors
 
     def read(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, on the CPU. Nothing, if they have other names, shapes or types than the expected ones.

@@ -13,7 +13,7 @@ print and draw. What was computed is on disk before anything that could fail for
 killed between the two saves makes up for the second when it is resumed. Before its first save a run writes nothing, so
 that nothing of a run that it replaces is lost too early.
 
-Under torchrun every process holds all the data and takes its share of each batch (vqvae/distributed.py).
+Under torchrun every process has all the data and takes its share of each batch (vqvae/distributed.py).
 """
 
 import math
@@ -46,8 +46,8 @@ SAVE_EVERY_S = 60.0  # the most work that a kill may cost
 class Task:
     """What is trained."""
 
-    model: nn.Module  # everything that the optimiser changes, on the device where the data is
-    data: tuple[Tensor, ...]  # tensors of one length; a batch is the same rows of each
+    model: nn.Module  # everything that the optimiser changes
+    data: tuple[Tensor, ...]  # tensors of one length on the CPU, perhaps mapped from disk; a batch is rows of each
     unit: str  # what a sample is: "images" or "maps"; the log names the speed by it
     best_by: str  # the validation figure whose lowest value is the best
 
@@ -97,7 +97,7 @@ class _Loop:
     def __init__(self, task: Task, training: Training, run: Run) -> None:
         self.task, self.training, self.run = task, training, run
         self.optimizer = make_optimizer(task.model, training)
-        self.num_samples, self.device = len(task.data[0]), task.data[0].device
+        self.num_samples, self.device = len(task.data[0]), next(task.model.parameters()).device
         self.low_precision = training.mixed_precision and multiplies_bfloat16(self.device)
         self.epoch_steps = math.ceil(self.num_samples / training.batch_size)
         self.total_steps = self.epoch_steps * training.num_epochs
@@ -144,7 +144,7 @@ class _Loop:
         """Take the epoch's remaining steps. Between them: read the losses, save, then log."""
         self.task.model.train()
         generator = torch.Generator().manual_seed(derive_seed(self.run.seed, "order", epoch))
-        order = torch.randperm(self.num_samples, generator=generator).to(self.device)
+        order = torch.randperm(self.num_samples, generator=generator)
         end = (epoch + 1) * self.epoch_steps
         while self.step < end:
             self.take_step(order)
@@ -172,7 +172,7 @@ class _Loop:
             group["lr"] = learning_rate(self.training, i / self.total_steps)
         start = (i % self.epoch_steps) * batch_size
         rows = order[start : start + batch_size]
-        batch = self.task.prepare(*(tensor[rows] for tensor in self.task.data))
+        batch = self.task.prepare(*(tensor[rows].to(self.device) for tensor in self.task.data))
         if rank() > 0:
             seed_globally(derive_seed(self.run.seed, "step", i, rank()))  # each process has dropout of its own
         share = batch_shard(len(rows))

@@ -1,0 +1,62 @@
+"""Datasets by name or by path: the one place that knows where images come from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqvae.data.dataset import Dataset, DatasetInfo
+from vqvae.data.mnist import load_mnist
+from vqvae.errors import InputError
+
+KNOWN = ("mnist", "fashion-mnist", "kmnist", "emnist-letters", "cifar10")
+
+
+@dataclass(frozen=True)
+class DatasetChoice:
+    """What a recipe says of its dataset, as `load_dataset` takes it."""
+
+    dataset: str = "mnist"
+    image_size: str | None = None
+
+
+def load_dataset(
+    dataset: str | Path = "mnist",
+    data_folder: Path = Path("data"),
+    *,
+    image_size: str | int | None = None,
+    channels: int | None = None,
+    download: bool = True,
+) -> Dataset:
+    """A dataset with its splits.
+
+    Args:
+        dataset: one of `KNOWN`, or the path of a folder of images or of an .npz file.
+        data_folder: where a known set is, or is put, and where a set that was made from a folder or file is kept.
+        image_size: images are resized to it: a side, or "HEIGHTxWIDTH". None stands for the set's own size.
+        channels: 1 for grey, 3 for RGB. None stands for the set's own.
+        download: fetch a known set where it is missing.
+    Raises:
+        MissingFileError: there is no such set.
+        InputError: it cannot be read, or an argument is out of range.
+    """
+    if str(dataset) != "mnist":
+        raise InputError(f"expected `dataset` to be one of {', '.join(KNOWN)}, found {dataset}")
+    return load_mnist(data_folder, download)
+
+
+def load_like(
+    info: DatasetInfo, dataset: str | Path | None = None, data_folder: Path = Path("data"), *, download: bool = True
+) -> Dataset:
+    """The dataset that a model was trained on, or another, with images of the same shape.
+
+    What depends on the classes too checks them by `dataset.require_same_kind`.
+
+    Args:
+        info: the facts that the model's checkpoint has about its dataset.
+        dataset: as in `load_dataset`. None stands for the model's own.
+    Raises:
+        MissingFileError: there is no such set.
+        InputError: it cannot be read.
+    """
+    channels, height, width = info.image_shape
+    chosen = dataset or info.source or info.name
+    return load_dataset(chosen, data_folder, image_size=f"{height}x{width}", channels=channels, download=download)
