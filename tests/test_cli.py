@@ -41,6 +41,7 @@ from vqvae.storage.recipe import read_recipe, resolve
 
 RUN = Path("checkpoints/my run")  # a shell needs quotes around it
 VQVAE, PRIOR, CLASSIFIER = (RUN / f"{stage}.safetensors" for stage in ("vqvae", "prior", "classifier"))
+SPLITS = ("train", "validation", "test")
 Patch = pytest.MonkeyPatch
 COMMANDS = ["train-vqvae", "train-prior", "train-classifier", "sample --mode pixelcnn"]
 COMMANDS += ["reconstruct", "compare", "evaluate"]
@@ -145,7 +146,7 @@ def test_no_stream_changes_how_a_command_ends(command: str, status: int, streams
 
 
 def test_training_writes_exactly_these_files_and_no_others() -> None:
-    for stage, others in (("vqvae", set()), ("prior", {"codes-train.safetensors", "codes-validation.safetensors"})):
+    for stage, others in (("vqvae", set()), ("prior", {f"codes-{name}.safetensors" for name in SPLITS})):
         names = {path for path in files_in(RUN / stage) if "events.out.tfevents" not in path}
         assert names == {"metrics.jsonl", "resume.pt", *others}
         assert len(files_in(RUN / stage)) == len(names) + 1  # TensorBoard's
@@ -262,21 +263,28 @@ def arguments_of(function: str, command: str, *options: object) -> tuple[tuple[A
     return called.call_args.args, called.call_args.kwargs
 
 
+MNIST = {"dataset": "mnist", "image_size": None}
 TRAIN_CLASSIFIER = "prior.evaluation.classifier_training.train_classifier"
 TRAINERS = {  # each training command's function, its settings, its default folder, and what else it takes
-    "train-vqvae": ("vqvae.train.train_vqvae", (VQVAEConfig, VQVAETraining), "checkpoints/mnist", {}),
-    "train-prior": ("prior.train.train_prior", (PriorConfig, PriorTraining), RUN, {"vqvae_path": VQVAE}),
-    "train-classifier": (TRAIN_CLASSIFIER, (ClassifierConfig, ClassifierTraining), "checkpoints/classifier", {}),
+    "train-vqvae": ("vqvae.train.train_vqvae", (VQVAEConfig, VQVAETraining), "checkpoints/mnist", MNIST),
+    "train-prior": (
+        "prior.train.train_prior",
+        (PriorConfig, PriorTraining),
+        RUN,
+        {"vqvae_path": VQVAE, "dataset": None},
+    ),
+    "train-classifier": (TRAIN_CLASSIFIER, (ClassifierConfig, ClassifierTraining), "checkpoints/classifier", MNIST),
 }
 
 
 @pytest.mark.parametrize("command", TRAINERS)
 def test_each_flag_of_a_training_command_arrives_over_the_recipe_and_the_recipe_over_the_defaults(command: str) -> None:
-    function, classes, folder, default = TRAINERS[command]
-    default |= {"data_folder": Path("data"), "output_folder": Path(folder), "device": "auto", "seed": 0}
+    function, classes, folder, its_own = TRAINERS[command]
+    default = {**its_own, "data_folder": Path("data"), "output_folder": Path(folder), "device": "auto", "seed": 0}
     default |= {"resume": False, "overwrite": False, "download": True}
     assert arguments_of(function, command)[1] == default
-    for name, value in {"data_folder": Path("d"), "output_folder": Path("o"), "device": "cpu", "seed": 4}.items():
+    others = {"data_folder": Path("d"), "output_folder": Path("o"), "device": "cpu", "seed": 4}
+    for name, value in {**others, **{name: "other" for name in its_own if name != "vqvae_path"}}.items():
         assert arguments_of(function, command, f"--{name.replace('_', '-')}", value)[1] == {**default, name: value}
     for flag, switched in {"--resume": "resume", "--overwrite": "overwrite", "--no-download": "download"}.items():
         assert arguments_of(function, command, flag)[1] == {**default, switched: not default[switched]}
@@ -310,7 +318,7 @@ def test_the_flags_of_sample_compare_and_evaluate_reach_their_functions_with_one
     function = "prior.evaluation.report.evaluate_and_report"
     (pair, file, load_dataset, folder), options = arguments_of(function, "evaluate")
     assert (pair.files, file, folder) == ((VQVAE, PRIOR), CLASSIFIER, Path("evaluation"))
-    assert torch.equal(load_dataset().validation.images, mnist().validation.images)
+    assert torch.equal(load_dataset(pair.info).validation.images, mnist().validation.images)
     assert options == {"split": "test", "num_samples": None, "guidance": None, "seed": 0, "accuracy_score": False}
     command = "evaluate --split validation --num-samples 120 --guidance 2 --seed 4 --cas --output-folder o"
     (*_, folder), options = arguments_of(function, command)

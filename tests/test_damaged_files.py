@@ -31,6 +31,7 @@ from vqvae.errors import InputError
 from vqvae.model import VQVAEConfig, load_vqvae
 from vqvae.storage.checkpoint import fingerprint, load_resume_state, save_resume_state
 from vqvae.storage.recipe import read_recipe, resolve
+from vqvae.storage.tensors import Streamed, write_streamed
 from vqvae.train import VQVAETraining
 
 KINDS = ("vqvae", "prior", "resume", "recipe", "codes")
@@ -52,14 +53,14 @@ class Valid:
         save_model(folder / "prior of another", self.prior, "prior", info, other.fingerprint)
         save_resume_state(folder / "resume", {"model": dict(self.prior.state_dict()), "best": 0.5})
         self.split, self.codes = make_split(6, SHAPE), make_codes(6, self.prior)
-        (folder / "codes").write_bytes(self.cache_of(self.codes.indices.short()))
+        self.write_cache(folder / "codes", self.codes.indices.short())
         (folder / "recipe").write_bytes((ROOT / "configs" / "mnist.toml").read_bytes())
         self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
         self.right = {kind: self.read(kind, folder / kind) for kind in KINDS if kind != "codes"} | {"any state": True}
 
-    def cache_of(self, indices: torch.Tensor) -> bytes:
-        tensors, origin = {"indices": indices}, {"vqvae": self.headers["vqvae"].fingerprint, "data": digest(self.split)}
-        return to_safetensors(tensors, metadata={"fingerprint": fingerprint(origin, tensors)})
+    def write_cache(self, path: Path, indices: torch.Tensor) -> None:
+        origin = {"vqvae": self.headers["vqvae"].fingerprint, "data": digest(self.split)}
+        write_streamed(path, origin, {"indices": Streamed(indices.dtype, tuple(indices.shape), [indices])})
 
     def read(self, kind: str, path: Path) -> Any:
         if kind == "resume":
@@ -99,7 +100,7 @@ class Valid:
         """Whether a cache is believed. The codes are right in any case, because a cache that is not is made anew."""
         extracted = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prior.codes, "extract", lambda *_: extracted.append(True) or self.codes)
+            patch.setattr(prior.codes, "encode_images", lambda *_: extracted.append(True) or self.codes.indices)
             for _ in range(2):
                 found = extract_cached(self.vqvae, self.headers["vqvae"].fingerprint, self.split, "train", path.parent)
                 assert all(map(torch.equal, found, self.codes))
@@ -227,7 +228,7 @@ def test_a_cache_of_other_codes_is_made_anew_even_if_its_hash_fits(path: Path, v
     others = [codes[:5], codes[:, :1], codes.flatten(), codes[..., None], codes.repeat(2, 1, 1), codes[:0]]
     others += [codes.index_fill(0, torch.tensor(row), code) for row in (0, 5) for code in (16, -1, 32767)]
     for wrong in others:
-        path.write_bytes(valid.cache_of(wrong.contiguous()))
+        valid.write_cache(path, wrong.contiguous())
         assert not valid.believes("codes", path)
 
 

@@ -177,7 +177,7 @@ def test_the_best_epoch_on_validation_is_kept_and_the_test_split_read_last(
 
     monkeypatch.setattr(prior.train, "evaluate_prior", figures_by_script)
     dataset = replace(mnist(), load_test=lambda: read_at.append(resume_state(folder)["step"]) or mnist().load_test())
-    monkeypatch.setattr(prior.train, "load_mnist", lambda *_: dataset)
+    monkeypatch.setattr(prior.train, "load_like", lambda *_, **options: dataset)
     assert train(vqvae, folder, 3)["nats_per_code"] == 0.5
     assert all(map(torch.equal, asked, [mnist().validation.labels] * 3 + [mnist().load_test().labels]))
     assert checkpoint.read_header(folder / "prior.safetensors", "prior").metrics["nats_per_code"] == 1.0
@@ -216,7 +216,7 @@ def test_of_another_vqvae_or_other_data_no_run_is_resumed_and_no_code_is_used(
     with pytest.raises(InputError, match=r"vqvae = .*`overwrite=True`"):
         train(other, used, 2, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(prior.train, "load_mnist", lambda *_: replace(mnist(), train=make_split(440)))
+        patch.setattr(prior.train, "load_like", lambda *_, **options: replace(mnist(), train=make_split(440)))
         with pytest.raises(InputError, match=r"found other data; .*`overwrite=True`"):
             train(one, used, 2, resume=True)
     assert {path: path.read_bytes() for path in files} == files

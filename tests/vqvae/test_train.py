@@ -161,11 +161,11 @@ def test_only_the_best_weights_see_the_test_split_and_only_at_the_end(tmp_path: 
     evaluate, errors, test, loads = VQVAETask.evaluate, iter([0.3, 0.1, 0.2]), mnist().load_test(), []
     monkeypatch.setattr(VQVAETask, "evaluate", lambda task: {**evaluate(task), "squared_error": next(errors)})
     dataset = replace(mnist(), load_test=lambda: loads.append(resume_state(tmp_path)["step"]) or test)
-    monkeypatch.setattr(train, "load_mnist", lambda *arguments: loads.append(arguments) or dataset)
+    monkeypatch.setattr(train, "load_dataset", lambda *given, **options: loads.append((given, options)) or dataset)
     with patch.object(train, "fit", wraps=fit) as fitted:
         figures = run(tmp_path)
     assert fitted.call_args.args[2].seed == 3
-    assert loads == [(FIXTURE, False), 3 * STEPS]
+    assert loads == [(("mnist", FIXTURE), {"image_size": None, "download": False}), 3 * STEPS]
     best, header = load_vqvae(tmp_path / "vqvae.safetensors", CPU)
     last = make_model("ema")
     last.load_state_dict({k[2:]: v for k, v in resume_state(tmp_path)["model"].items() if k.startswith("0.")})
@@ -178,7 +178,7 @@ def test_only_the_best_weights_see_the_test_split_and_only_at_the_end(tmp_path: 
 def test_a_run_is_not_resumed_with_other_data(tmp_path: Path, monkeypatch: Patch, finished: Finished) -> None:
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     other = replace(mnist(), train=Split(mnist().train.images.flip(0), mnist().train.labels))
-    monkeypatch.setattr(train, "load_mnist", lambda *_: other)
+    monkeypatch.setattr(train, "load_dataset", lambda *_, **options: other)
     with pytest.raises(InputError, match="expected the data that the run was started with, found other data; "):
         run(tmp_path, 4, resume=True)
     run(tmp_path, 1, prediction_weight=0.0)  # overwrites

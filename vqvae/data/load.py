@@ -58,5 +58,5 @@ def load_like(
         InputError: it cannot be read.
     """
     channels, height, width = info.image_shape
-    chosen = dataset or info.source or info.name
+    chosen = (info.source or info.name) if dataset is None else dataset
     return load_dataset(chosen, data_folder, image_size=f"{height}x{width}", channels=channels, download=download)

@@ -123,6 +123,7 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
         watched.setattr(measure, "progress", Bar)
         watched.setattr(figures, "progress", Bar)
         watched.setattr(figures, "AT_ONCE", 40)
+        watched.setattr("prior.codes.AT_ONCE", 40)
         watched.setattr(metrics, "ROWS_AT_ONCE", 40)
         Bar.bars.clear()
         found = measure.evaluate(*models, info, splits, num_samples=101, guidance=guidance, seed=seed)
@@ -214,21 +215,21 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(measure, "accuracy_after_training_on", lambda *given: scored.append(given) or len(scored))
     saved: list[int] = []  # how many classifiers were trained before the other figures were saved
     options = {"seed": 5, "save": lambda evaluation: saved.append(len(scored))}
-    result = measure.evaluate_pair(pair, file, lambda: data, accuracy_score=True, **options).figures
+    result = measure.evaluate_pair(pair, file, lambda _: data, accuracy_score=True, **options).figures
     prints = {"vqvae": pair.vqvae_header, "prior": pair.prior_header, "classifier": header}
     assert result["origin"] == {stage: part.fingerprint for stage, part in prints.items()}
     assert (result["classification_accuracy_score"], saved) == ({"samples": 1, "real": 2}, [0])
     for source, (split, measured, _, *rest) in zip((make_split(100), data.train), scored, strict=True):
         assert all(map(torch.equal, split, source.first(100)))  # as many of both
-        assert (len(measured.labels), *rest) == (120, ClassifierTraining(), 5)
-    measure.evaluate_pair(pair, file, lambda: unread, split="validation", num_samples=107, guidance=3, seed=2)
+        assert (len(measured.labels), *rest) == (120, ClassifierTraining(), data.deformation, 5, helpers.CPU)
+    measure.evaluate_pair(pair, file, lambda _: unread, split="validation", num_samples=107, guidance=3, seed=2)
     assert calls == [
         (["train", "validation", "test"], {"num_samples": 120, "seed": 5, "guidance": GUIDANCE}),
         (["train", "validation"], {"num_samples": 107, "seed": 2, "guidance": 3}),
     ]
     other = replace(unread, info=make_info(num_classes=0))
     with pytest.raises(InputError, match="like those of made"):
-        measure.evaluate_pair(pair, file, lambda: other)
+        measure.evaluate_pair(pair, file, lambda _: other)
 
 
 @pytest.mark.parametrize(
@@ -260,5 +261,5 @@ def test_whatever_can_be_refused_is_refused_before_data_is_loaded_or_a_folder_ma
     pair, files = pairs[given.pop("pair")], sorted(tmp_path.rglob("*"))
     paths = {name: tmp_path / given.pop(name) for name in ("classifier_file", "folder")}
     with pytest.raises(InputError, match=message):
-        report.evaluate_and_report(pair, load_dataset=lambda: pytest.fail("loaded"), **paths, **given)
+        report.evaluate_and_report(pair, load_dataset=lambda _: pytest.fail("loaded"), **paths, **given)
     assert sorted(tmp_path.rglob("*")) == files

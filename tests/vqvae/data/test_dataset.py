@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import make_info, make_split
-from vqvae.data.dataset import DatasetInfo, Split, digest, split_validation
+from vqvae.data.dataset import DatasetInfo, Split, digest, require_same_kind, split_validation
 from vqvae.errors import InputError
 from vqvae.storage.recipe import from_dict
 
@@ -55,3 +55,10 @@ def test_a_digest_knows_every_pixel_and_every_label() -> None:
         digests.add(digest(split))
         tensor.view(-1)[7] += 1
     assert len({*digests, digest(split)}) == 3
+
+
+def test_only_images_of_the_same_shape_and_classes_are_of_the_same_kind() -> None:
+    require_same_kind(make_info(), make_info())
+    for other in (make_info((1, 28, 32)), make_info(num_classes=3)):
+        with pytest.raises(InputError, match=r"images and classes like those of made, .*, found those of made"):
+            require_same_kind(make_info(), other)
