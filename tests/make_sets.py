@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PHOTO_SIDE, LETTER_SIDE = 32, 28
-TEST_SHARE = 1 / 4  # of a photograph's width
+TEST_STRIP = 0.35, 0.6  # of a photograph's width
 FONTS = ("DejaVu", "STIXGeneral", "cmb", "cmr", "cmss", "cmt")  # those with letters
 
 
@@ -24,12 +24,15 @@ def make_photos(folder: Path, num: int = 3600) -> None:
     rng = np.random.default_rng(0)
     for name in ("china", "flower"):
         photo = load_sample_image(f"{name}.jpg")  # (H, W, 3)
-        border = round(photo.shape[1] * (1 - TEST_SHARE))
-        for part, region, share in (("train", photo[:, :border], 5 / 6), ("test", photo[:, border:], 1 / 6)):
-            height, width = (side - PHOTO_SIDE + 1 for side in region.shape[:2])
-            places = rng.choice(height * width, round(num / 2 * share), replace=False)
-            for i, (top, left) in enumerate(zip(*np.divmod(places, width), strict=True)):
-                crop = region[top : top + PHOTO_SIDE, left : left + PHOTO_SIDE]
+        start, end = (round(photo.shape[1] * share) for share in TEST_STRIP)
+        tops, lefts = (np.arange(side - PHOTO_SIDE + 1) for side in photo.shape[:2])
+        rights = lefts + PHOTO_SIDE
+        beside, inside = lefts[(rights <= start) | (lefts >= end)], lefts[(lefts >= start) & (rights <= end)]
+        for part, columns, share in (("train", beside, 5 / 6), ("test", inside, 1 / 6)):
+            places = rng.choice(len(tops) * len(columns), round(num / 2 * share), replace=False)
+            for i, (top, column) in enumerate(zip(*np.divmod(places, len(columns)), strict=True)):
+                left = columns[column]
+                crop = photo[top : top + PHOTO_SIDE, left : left + PHOTO_SIDE]
                 _save(Image.fromarray(crop), folder / part / name / f"{i}.png")
 
 
