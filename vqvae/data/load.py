@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vqvae.data.dataset import Dataset, DatasetInfo
 from vqvae.data.mnist import load_mnist
+from vqvae.data.torchvision_sets import load_torchvision_set
 from vqvae.errors import InputError
 
 KNOWN = ("mnist", "fashion-mnist", "kmnist", "emnist-letters", "cifar10")
