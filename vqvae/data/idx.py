@@ -183,17 +183,18 @@ def _another_sum(known: IdxSet, path: Path, name: str, found: str, sums: Sums) -
         listed = " or ".join(sorted(sums[name]))
         remedy = "restore the file, or write MD5SUMS anew with md5sum if the file is right"
         return f"expected MD5 {listed} of {path}, as MD5SUMS beside it lists, found {found}; {remedy}"
+    original = known.md5.get(name) or known.md5[path.name]
     return (
-        f"expected MD5 {known.md5.get(name) or known.md5[path.name]} of {path}, which is the original's, found {found}; "
-        f"move the file away and run again to fetch the original, or, if it is right, add its sum to {_beside(sums)}"
+        f"expected MD5 {original} of {path}, which is the original's, found {found}; move the file away and run "
+        f"again to fetch the original, or, if it is right, add its sum to {_beside(sums)}"
     )
 
 
 def _no_sum(path: Path, found: str, sums: Sums) -> str:
     """The sentence for a file of which only the packed form has a known sum."""
     return (
-        f"expected {path.name}.gz in {path.parent}, whose MD5 is known, found {path.name} with MD5 {found}, which can't "
-        f"be compared; put the packed file there too, or, if this one is right, add its sum to {_beside(sums)}"
+        f"expected {path.name}.gz in {path.parent}, whose MD5 is known, found {path.name} with MD5 {found}, which "
+        f"cannot be compared; put the packed file there too, or, if this one is right, add its sum to {_beside(sums)}"
     )
 
 

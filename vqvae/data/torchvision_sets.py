@@ -127,13 +127,17 @@ def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
     _load_part(known, data_folder, download, train=False)  # so that a damaged test set is found before any training
     full, class_names = _load_part(known, data_folder, download, train=True)
     train, validation = split_validation(full)
+    _, channels, height, width = full.images.shape
     info = DatasetInfo(
         name=known.name,
-        image_shape=tuple(full.images.shape[1:]),
+        image_shape=(channels, height, width),
         class_names=class_names,
         class_counts=tuple(torch.bincount(train.labels, minlength=len(class_names)).tolist()),
     )
-    load_test = lambda: _load_part(known, data_folder, download, train=False)[0]  # noqa: E731
+
+    def load_test() -> Split:
+        return _load_part(known, data_folder, download, train=False)[0]
+
     return Dataset(info, train, validation, load_test, known.deformation)
 
 
