@@ -42,6 +42,7 @@ class _OwnClass:
     name: str  # as a user gives it
     title: str  # as a sentence gives it
     folder: str  # of its files, in the data folder
+    url: str  # of the archive that has them
     md5: Mapping[str, str | None]  # of each file, by its name; None where torchvision does not know the sum
     read: Callable[..., Labelled]  # from a data folder: (root, train=..., download=...)
     deformation: Deformation
@@ -110,7 +111,7 @@ def _emnist_letters(own_class: Any) -> _OwnClass:
 
     names = [f"emnist-letters-{part}-{kind}" for part in ("train", "test") for kind in ("images-idx3", "labels-idx1")]
     md5 = {f"{name}-ubyte": None for name in names}
-    return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", md5, read, HANDWRITING)
+    return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", own_class.url, md5, read, HANDWRITING)
 
 
 def _cifar10(own_class: Any) -> _OwnClass:
@@ -120,7 +121,7 @@ def _cifar10(own_class: Any) -> _OwnClass:
         return Split(images, torch.tensor(found.targets)), tuple(found.classes)
 
     md5 = dict([*own_class.train_list, *own_class.test_list, (own_class.meta["filename"], own_class.meta["md5"])])
-    return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, md5, read, THINGS)
+    return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, own_class.url, md5, read, THINGS)
 
 
 def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
@@ -215,9 +216,10 @@ def _patience() -> Iterator[None]:
 
 
 def _missing_files(known: _OwnClass, folder: Path, missing: list[str], why: str) -> MissingFileError:
+    found = f"{', '.join(missing)} missing" if len(missing) < len(known.md5) else "all of them missing"
     return MissingFileError(
-        f"expected the {known.title} files {', '.join(known.md5)} in {folder}, found {', '.join(missing)} missing, and "
-        f"{why}; either mend that and run again (without `download=False`), or put the files there yourself, unpacked, "
+        f"expected the {known.title} files {', '.join(known.md5)} in {folder}, found {found}, and {why}; either mend "
+        f"that and run again (without `download=False`), or put the files there yourself, unpacked from {known.url}, "
         f"or name the folder that has them as `data_folder`"
     )
 
