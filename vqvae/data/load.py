@@ -1,17 +1,20 @@
 """Datasets by name or by path: the one place that knows where images come from."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
+from vqvae.data.arrays import load_arrays
 from vqvae.data.dataset import Dataset, DatasetInfo, Split
-from vqvae.data.images import fit, parse_size
+from vqvae.data.folder import load_folder
+from vqvae.data.images import fit_pixels, parse_size
 from vqvae.data.mnist import load_mnist
+from vqvae.data.prepared import Wanted
 from vqvae.data.torchvision_sets import load_torchvision_set
-from vqvae.errors import InputError
+from vqvae.errors import InputError, MissingFileError
+from vqvae.storage.files import refusals
 
 KNOWN = ("mnist", "fashion-mnist", "kmnist", "emnist-letters", "cifar10")
 
@@ -44,10 +47,12 @@ def load_dataset(
         MissingFileError: there is no such set.
         InputError: it cannot be read, or an argument is out of range.
     """
-    size = parse_size(image_size)
+    wanted = Wanted(parse_size(image_size), channels)
     if str(dataset) not in KNOWN:
-        raise InputError(f"expected `dataset` to be one of {', '.join(KNOWN)}, found {dataset}")
-    return _fitted(_load_known(str(dataset), data_folder, download), size, channels)
+        return _load_own(Path(dataset), data_folder, wanted)
+    if str(dataset) == "mnist":
+        return _fitted(load_mnist(data_folder, download), wanted)
+    return _fitted(load_torchvision_set(str(dataset), data_folder, download), wanted)
 
 
 def load_like(
@@ -69,32 +74,43 @@ def load_like(
     return load_dataset(chosen, data_folder, image_size=f"{height}x{width}", channels=channels, download=download)
 
 
-def _load_known(name: str, data_folder: Path, download: bool) -> Dataset:
-    if name == "mnist":
-        return load_mnist(data_folder, download)
-    return load_torchvision_set(name, data_folder, download)
+def _load_own(dataset: Path, data_folder: Path, wanted: Wanted) -> Dataset:
+    """A user's own folder or file.
+
+    Raises:
+        MissingFileError: there is none.
+        InputError: it cannot be read.
+    """
+    remedy = f"name one of {', '.join(KNOWN)}, a folder of images, or an .npz file"
+    with suppress(RuntimeError):  # no such user
+        dataset = dataset.expanduser()
+    with refusals(f"expected a dataset at {dataset}", remedy):
+        path = dataset.resolve()
+        is_folder, exists = path.is_dir(), path.exists()
+    if is_folder:
+        return load_folder(path, wanted, data_folder)
+    if not exists:
+        raise MissingFileError(f"expected `dataset` to be known or a path, found nothing at {dataset}; {remedy}")
+    if path.suffix != ".npz":
+        raise InputError(f"expected `dataset` to be a folder or an .npz file, found {dataset}; {remedy}")
+    return load_arrays(path, wanted, data_folder)
 
 
-def _fitted(known: Dataset, size: tuple[int, int] | None, channels: int | None) -> Dataset:
-    """A set in memory, with its images in another size, or grey or in colour. None keeps what the set has."""
-    own_channels, *own_size = known.info.image_shape
-    shape = (channels or own_channels, *(size or own_size))
-    if shape == known.info.image_shape:
+def _fitted(known: Dataset, wanted: Wanted) -> Dataset:
+    """A known set, which lies in memory, with the wanted size and channels."""
+    channels, *size = known.info.image_shape
+    height, width = wanted.size or size
+    image_shape = (wanted.channels or channels, height, width)
+    if image_shape == known.info.image_shape:
         return known
+
+    def fitted(split: Split) -> Split:
+        return Split(torch.stack([fit_pixels(image, image_shape) for image in split.images]), split.labels)
+
     return replace(
         known,
-        info=replace(known.info, image_shape=shape),
-        train=_fitted_split(known.train, shape),
-        validation=_fitted_split(known.validation, shape),
-        load_test=lambda: _fitted_split(known.load_test(), shape),
+        info=replace(known.info, image_shape=image_shape),
+        train=fitted(known.train),
+        validation=fitted(known.validation),
+        load_test=lambda: fitted(known.load_test()),
     )
-
-
-def _fitted_split(split: Split, shape: tuple[int, int, int]) -> Split:
-    channels, *size = shape
-    images = torch.empty(len(split.images), *shape, dtype=torch.uint8)
-    for image, fitted in zip(split.images, images, strict=True):
-        pixels = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())  # (H, W), or (H, W, 3)
-        pixels = fit(pixels.convert("L" if channels == 1 else "RGB"), (size[0], size[1]))
-        fitted.copy_(torch.from_numpy(np.array(pixels)).view(*size, channels).permute(2, 0, 1))
-    return Split(images, split.labels)
