@@ -10,7 +10,7 @@ import sys
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -326,31 +326,6 @@ def test_only_a_set_that_needs_torchvision_asks_for_it(tmp_path: Path, monkeypat
         InputError, match="expected the package torchvision, which knows kmnist, found that it does not"
     ):
         load_torchvision_set("kmnist", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "shape", "expected"),
-    [
-        ({"image_size": 14}, (1, 14, 14), lambda x: x.view(-1, 1, 14, 2, 14, 2).mean(dim=(3, 5))),
-        ({"image_size": "7x14"}, (1, 7, 14), lambda x: x[:, :, 7:21].view(-1, 1, 7, 2, 14, 2).mean(dim=(3, 5))),
-        ({"channels": 3}, (3, 28, 28), lambda x: x.expand(-1, 3, -1, -1)),
-        ({"image_size": "28x28", "channels": 1}, (1, 28, 28), lambda x: x),
-    ],
-    ids=range(4),
-)
-def test_a_known_set_is_resized_by_area_from_its_centre(
-    options: dict[str, Any], shape: tuple[int, ...], expected: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    own, found = load_dataset("mnist", FIXTURE), load_dataset("mnist", FIXTURE, **options)
-    assert found.info.image_shape == shape
-    assert (found.info.class_counts, found.deformation) == (own.info.class_counts, own.deformation)
-    pairs = [(own.train, found.train), (own.validation, found.validation), (own.load_test(), found.load_test())]
-    for given, fitted in pairs:
-        assert fitted.images.dtype == torch.uint8
-        assert torch.equal(fitted.labels, given.labels)
-        torch.testing.assert_close(
-            fitted.images.float(), expected(given.images.float()), rtol=0, atol=1
-        )  # it rounds twice
 
 
 def test_colour_becomes_grey_by_luminance(cifar: dict[str, bytes], tmp_path: Path) -> None:
