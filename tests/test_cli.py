@@ -33,7 +33,7 @@ from prior.sampling import GUIDANCE
 from tests.helpers import FIXTURE, ROOT, Result, mnist, run, save_pair
 from vqvae import VQVAEConfig, VQVAETraining
 from vqvae.codec import reconstruct_split
-from vqvae.data.download import MNIST_MD5
+from vqvae.data.mnist import MNIST_MD5
 from vqvae.errors import Interrupted
 from vqvae.gaussian import draw_gaussian
 from vqvae.storage import checkpoint, runs

@@ -11,11 +11,10 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image
 from torch import Tensor
 
 from vqvae.data.dataset import Dataset
-from vqvae.data.images import MAX_PIXELS, fit, natural, require_side
+from vqvae.data.images import MAX_PIXELS, fit_pixels, natural, require_side
 from vqvae.data.pixels import to_bytes
 from vqvae.data.prepared import Material, Wanted, load_prepared
 from vqvae.errors import InputError, plain
@@ -109,7 +108,7 @@ def _images(
             pixels = torch.from_numpy(_bytes(path, piece))
             pixels = pixels.view(-1, *found) if channels_first else pixels.permute(0, 3, 1, 2)
             for image in pixels:
-                yield row, image if found == wanted else _fitted(image, wanted)
+                yield row, image if found == wanted else fit_pixels(image, wanted)
                 row += 1
 
 
@@ -129,14 +128,6 @@ def _bytes(path: Path, values: np.ndarray) -> np.ndarray:
             f"{plain(values.max())}; scale them, or save them as uint8"
         )
     return to_bytes(torch.from_numpy(values.astype(np.float32))).numpy()
-
-
-def _fitted(image: Tensor, wanted: tuple[int, int, int]) -> Tensor:
-    """An image (C, H, W) uint8 with other channels or of another size."""
-    pixels = image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.numpy())).convert("L" if wanted[0] == 1 else "RGB")
-    fitted = torch.from_numpy(np.array(fit(picture, wanted[1:])))
-    return fitted.view(*wanted[1:], -1).permute(2, 0, 1)
 
 
 def _read_labels(path: Path, archive: zipfile.ZipFile, num: int) -> tuple[tuple[str, ...], np.ndarray]:

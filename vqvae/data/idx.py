@@ -1,4 +1,4 @@
-"""MNIST's four files on disk: their names, their MD5 sums and their format.
+"""Four files of images and labels, as MNIST's are: their names, their MD5 sums and their format.
 
 Each is an IDX file (http://yann.lecun.com/exdb/mnist/ describes the format, at the end), as it is or packed by gzip.
 """
@@ -9,22 +9,19 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vqvae.data.dataset import Deformation
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.files import open_checked, read_at_most
 
-# The four original files, not packed, and their MD5 sums.
-MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_MAGIC = 0x0800  # the first number of an IDX file of bytes, plus its number of axes
 GZIP_MAGIC = b"\x1f\x8b"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # before the text that a Windows shell redirects to a file
@@ -36,6 +33,21 @@ GNU_LINE = re.compile(r"\\?(?P<md5>[0-9a-f]{32})\s+\*?(?P<name>.+)", re.IGNORECA
 BSD_LINE = re.compile(r"\\?MD5\s*\((?P<name>.+)\)\s*=\s*(?P<md5>[0-9a-f]{32})", re.IGNORECASE)
 
 Sums = dict[str, set[str]]  # of each file's name, without its folder, the sums that are listed for it
+
+
+@dataclass(frozen=True)
+class IdxSet:
+    """A set of images that is four IDX files with MNIST's names."""
+
+    name: str  # as a user gives it
+    title: str  # as a sentence gives it
+    folder: str  # the files are in <data folder>/<folder>/raw, where torchvision has them
+    class_names: tuple[str, ...]
+    md5: Mapping[str, str]  # the originals' sums by file name; a name that ends in .gz is that of a packed file
+    mirrors: tuple[str, ...]  # addresses that, with such a packed file's name after them, bring it
+    deformation: Deformation
+    in_package: bool = False  # whether the package index has them too (archive.py)
+    installed: Path | None = None  # where Debian's package dataset-<name> puts them
 
 
 def exists(path: Path) -> bool:
@@ -63,21 +75,22 @@ def read_sums(path: Path) -> Sums:
         return sums
 
 
-def read_arrays(raw: Path, sums: Sums) -> dict[str, Tensor]:
-    """The uint8 arrays of MNIST's files in a folder, by name. A file that is missing or cut short is left out.
+def read_arrays(known: IdxSet, raw: Path, sums: Sums) -> dict[str, Tensor]:
+    """The uint8 arrays of a set's files in a folder, by name. A file that is missing or cut short is left out.
 
     Args:
         sums: what the files are compared with. A file that is not listed is compared with the original.
     Raises:
         InputError: a file has another sum, its header does not fit its length, or it cannot be read.
     """
-    arrays = {name: _read_array(raw, name, sums) for name in MNIST_MD5}
+    arrays = {name: _read_array(known, raw, name, sums) for name in FILES}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def is_original(name: str, sums: Sums) -> bool:
+def is_original(known: IdxSet, name: str, sums: Sums) -> bool:
     """Whether the original file would be accepted under this name."""
-    return name not in sums or MNIST_MD5[name] in sums[name]
+    accepted = _accepted(known, name, sums)
+    return any(known.md5.get(file) in accepted.get(file, ()) for file in (name, f"{name}.gz"))
 
 
 def to_idx(array: np.ndarray) -> bytes:
@@ -104,19 +117,32 @@ def md5_of(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _read_array(raw: Path, name: str, sums: Sums) -> Tensor | None:
+def _accepted(known: IdxSet, name: str, sums: Sums) -> Sums:
+    """The sums that a file may have. Those of the original count where the folder lists none for this file."""
+    originals = {} if name in sums else {file: {md5} for file, md5 in known.md5.items()}
+    return originals | sums
+
+
+def _read_array(known: IdxSet, raw: Path, name: str, sums: Sums) -> Tensor | None:
+    accepted, remedy = _accepted(known, name, sums), f"put {known.title}'s file there, or name another `data_folder`"
+    not_comparable = ""
     for path in (raw / name, raw / f"{name}.gz"):
         try:
-            with open_checked(path, "an IDX file", "put MNIST's file there, or name another `data_folder`") as file:
+            with open_checked(path, "an IDX file", remedy) as file:
                 stored = read_at_most(file, MAX_IDX)
                 content = unpack(stored)
-                found = md5_of(content)
-                if found in sums.get(name, {MNIST_MD5[name]}) or md5_of(stored) in sums.get(path.name, ()):
+                if md5_of(content) in accepted.get(name, ()) or md5_of(stored) in accepted.get(path.name, ()):
                     return _parse(content, *_header(name, content))
         except MissingFileError:
             continue
-        if not _is_cut_short(name, content):
-            raise InputError(_another_sum(path, name, found, sums))
+        if _is_cut_short(name, content):
+            continue
+        if name not in accepted and path.name not in accepted:
+            not_comparable = _no_sum(path, md5_of(content), sums)  # unless it lies there packed as well
+        else:
+            raise InputError(_another_sum(known, path, name, md5_of(content if name in accepted else stored), sums))
+    if not_comparable:
+        raise InputError(not_comparable)
     return None
 
 
@@ -151,14 +177,26 @@ def _is_cut_short(name: str, content: bytes) -> bool:
     return len(content) < start + math.prod(shape)
 
 
-def _another_sum(path: Path, name: str, found: str, sums: Sums) -> str:
+def _another_sum(known: IdxSet, path: Path, name: str, found: str, sums: Sums) -> str:
     """The sentence for a file whose sum is another than the expected one."""
     if name in sums:
         listed = " or ".join(sorted(sums[name]))
         remedy = "restore the file, or write MD5SUMS anew with md5sum if the file is right"
         return f"expected MD5 {listed} of {path}, as MD5SUMS beside it lists, found {found}; {remedy}"
-    beside = "the MD5SUMS beside it, which does not list it" if sums else "an MD5SUMS file beside it"
+    original = known.md5.get(name) or known.md5[path.name]
     return (
-        f"expected MD5 {MNIST_MD5[name]} of {path}, which is the original's, found {found}; move the file away and run "
-        f"again to fetch the original, or, if it is right, add its sum to {beside}"
+        f"expected MD5 {original} of {path}, which is the original's, found {found}; move the file away and run "
+        f"again to fetch the original, or, if it is right, add its sum to {_beside(sums)}"
     )
+
+
+def _no_sum(path: Path, found: str, sums: Sums) -> str:
+    """The sentence for a file of which only the packed form has a known sum."""
+    return (
+        f"expected {path.name}.gz in {path.parent}, whose MD5 is known, found {path.name} with MD5 {found}, which "
+        f"cannot be compared; put the packed file there too, or, if this one is right, add its sum to {_beside(sums)}"
+    )
+
+
+def _beside(sums: Sums) -> str:
+    return "the MD5SUMS beside it, which does not list it" if sums else "an MD5SUMS file beside it"

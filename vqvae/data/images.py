@@ -128,6 +128,19 @@ def fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BOX if scale > 1 else Image.Resampling.BILINEAR, box)
 
 
+def fit_pixels(image: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """An image (C, H, W) uint8 with other channels or of another size, as `fit` resizes it.
+
+    Args:
+        image_shape: (C, H, W), where C is 1 for grey or 3 for RGB.
+    """
+    channels, height, width = image_shape
+    pixels = image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0)
+    picture = Image.fromarray(np.ascontiguousarray(pixels.numpy())).convert("L" if channels == 1 else "RGB")
+    fitted = torch.from_numpy(np.array(fit(picture, (height, width))))
+    return fitted.view(height, width, channels).permute(2, 0, 1)
+
+
 def parse_size(text: str | int | None) -> tuple[int, int] | None:
     """A size (height, width) from a side, or from "HEIGHTxWIDTH". None stays None.
 

@@ -1,15 +1,18 @@
 """Datasets by name or by path: the one place that knows where images come from."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from vqvae.data.arrays import load_arrays
-from vqvae.data.dataset import Dataset, DatasetInfo
+from vqvae.data.dataset import Dataset, DatasetInfo, Split
 from vqvae.data.folder import load_folder
-from vqvae.data.images import parse_size
+from vqvae.data.images import fit_pixels, parse_size
 from vqvae.data.mnist import load_mnist
 from vqvae.data.prepared import Wanted
+from vqvae.data.torchvision_sets import load_torchvision_set
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.files import refusals
 
@@ -44,11 +47,12 @@ def load_dataset(
         MissingFileError: there is no such set.
         InputError: it cannot be read, or an argument is out of range.
     """
+    wanted = Wanted(parse_size(image_size), channels)
     if str(dataset) not in KNOWN:
-        return _load_own(Path(dataset), data_folder, Wanted(parse_size(image_size), channels))
-    if str(dataset) != "mnist":
-        raise InputError(f"expected `dataset` to be one of {', '.join(KNOWN)}, found {dataset}")
-    return load_mnist(data_folder, download)
+        return _load_own(Path(dataset), data_folder, wanted)
+    if str(dataset) == "mnist":
+        return _fitted(load_mnist(data_folder, download), wanted)
+    return _fitted(load_torchvision_set(str(dataset), data_folder, download), wanted)
 
 
 def load_like(
@@ -90,3 +94,23 @@ def _load_own(dataset: Path, data_folder: Path, wanted: Wanted) -> Dataset:
     if path.suffix != ".npz":
         raise InputError(f"expected `dataset` to be a folder or an .npz file, found {dataset}; {remedy}")
     return load_arrays(path, wanted, data_folder)
+
+
+def _fitted(known: Dataset, wanted: Wanted) -> Dataset:
+    """A known set, which lies in memory, with the wanted size and channels."""
+    channels, *size = known.info.image_shape
+    height, width = wanted.size or size
+    image_shape = (wanted.channels or channels, height, width)
+    if image_shape == known.info.image_shape:
+        return known
+
+    def fitted(split: Split) -> Split:
+        return Split(torch.stack([fit_pixels(image, image_shape) for image in split.images]), split.labels)
+
+    return replace(
+        known,
+        info=replace(known.info, image_shape=image_shape),
+        train=fitted(known.train),
+        validation=fitted(known.validation),
+        load_test=lambda: fitted(known.load_test()),
+    )

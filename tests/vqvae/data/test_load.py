@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.helpers import FIXTURE
@@ -183,3 +184,28 @@ def test_a_known_name_wins_over_a_folder_of_that_name_which_is_found_by_its_path
 
 def test_a_known_set_by_a_path_object_is_known(tmp_path: Path) -> None:
     assert load_dataset(Path("mnist"), FIXTURE, download=False).info.name == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "expected"),
+    [
+        ({"image_size": 14}, (1, 14, 14), lambda x: x.view(-1, 1, 14, 2, 14, 2).mean(dim=(3, 5))),
+        ({"image_size": "7x14"}, (1, 7, 14), lambda x: x[:, :, 7:21].view(-1, 1, 7, 2, 14, 2).mean(dim=(3, 5))),
+        ({"channels": 3}, (3, 28, 28), lambda x: x.expand(-1, 3, -1, -1)),
+        ({"image_size": "28x28", "channels": 1}, (1, 28, 28), lambda x: x),
+    ],
+    ids=range(4),
+)
+def test_a_known_set_is_resized_by_area_from_its_centre(
+    options: dict[str, Any], shape: tuple[int, ...], expected: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    own, found = load_dataset("mnist", FIXTURE), load_dataset("mnist", FIXTURE, **options)
+    assert found.info.image_shape == shape
+    assert (found.info.class_counts, found.deformation) == (own.info.class_counts, own.deformation)
+    pairs = [(own.train, found.train), (own.validation, found.validation), (own.load_test(), found.load_test())]
+    for given, fitted in pairs:
+        assert fitted.images.dtype == torch.uint8
+        assert torch.equal(fitted.labels, given.labels)
+        torch.testing.assert_close(
+            fitted.images.float(), expected(given.images.float()), rtol=0, atol=1
+        )  # it rounds twice

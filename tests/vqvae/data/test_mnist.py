@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import FIXTURE, make_split
-from vqvae.data.idx import MNIST_MD5
-from vqvae.data.mnist import load_mnist
+from vqvae.data.mnist import MNIST_MD5, load_mnist
 from vqvae.errors import InputError, MissingFileError
 
 

@@ -1,0 +1,228 @@
+"""Known sets whose facts come from torchvision: Fashion-MNIST and KMNIST, EMNIST's letters, CIFAR-10.
+
+The first two have MNIST's form and are read as MNIST is. Of them torchvision has the names of the classes, the mirrors
+and the MD5 sums of the packed files. The other two are downloaded and read by its own classes, from the places where it
+has them. CIFAR-10's files are pickles: none is opened before its MD5 sum is known to be the original's.
+"""
+
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Deformation, Split, split_validation
+from vqvae.data.download import TIMEOUT_S, alone_in, one_line
+from vqvae.data.idx import MAX_IDX, IdxSet, exists, md5_of
+from vqvae.data.mnist import HANDWRITING, load_mnist
+from vqvae.errors import InputError, MissingFileError, is_out_of_memory
+from vqvae.storage.files import SCRATCH, open_checked, read_at_most
+
+THINGS = Deformation(flips=True)  # a shoe or a car shows its other side
+FASHION_MD5 = {  # of the four original files, not packed; Debian has packed them anew
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+Labelled = tuple[Split, tuple[str, ...]]  # images, labels, and the names of the classes
+
+
+@dataclass(frozen=True)
+class _OwnClass:
+    """A set that a class of torchvision downloads and reads."""
+
+    name: str  # as a user gives it
+    title: str  # as a sentence gives it
+    folder: str  # of its files, in the data folder
+    url: str  # of the archive that has them
+    md5: Mapping[str, str | None]  # of each file, by its name; None where torchvision does not know the sum
+    read: Callable[..., Labelled]  # from a data folder: (root, train=..., download=...)
+    deformation: Deformation
+
+
+def load_torchvision_set(name: str, data_folder: Path, download: bool = True) -> Dataset:
+    """A known set from a folder, to which it is downloaded first if it is not there.
+
+    One training image in twelve is for validation. The test images keep their original order.
+
+    Args:
+        name: "fashion-mnist", "kmnist", "emnist-letters" or "cifar10".
+    Raises:
+        MissingFileError: files are missing, and they may not or cannot be downloaded.
+        InputError: a file is not the original, the folder cannot be written, or torchvision does not load.
+    """
+    try:
+        from torchvision import datasets  # it takes a second, so only for these sets
+    except Exception as error:  # an old one beside a new torch raises others than ImportError
+        raise InputError(
+            f"expected the package torchvision, which knows {name}, found that it does not load ({_told(error)}); "
+            f"install the release that fits your torch, by pip install torchvision"
+        ) from None
+    match name:
+        case "fashion-mnist":
+            return load_mnist(data_folder, download, _fashion_mnist(datasets.FashionMNIST))
+        case "kmnist":
+            return load_mnist(data_folder, download, _kmnist(datasets.KMNIST))
+        case "emnist-letters":
+            return _load(_emnist_letters(datasets.EMNIST), data_folder, download)
+        case "cifar10":
+            return _load(_cifar10(datasets.CIFAR10), data_folder, download)
+    raise ValueError(f"expected a set that torchvision knows, found {name}")
+
+
+def _fashion_mnist(facts: Any) -> IdxSet:
+    return IdxSet(
+        name="fashion-mnist",
+        title="Fashion-MNIST",
+        folder="FashionMNIST",
+        class_names=tuple(facts.classes),
+        md5=dict(facts.resources) | FASHION_MD5,
+        mirrors=tuple(facts.mirrors),
+        deformation=THINGS,
+        installed=DEBIAN_FASHION,
+    )
+
+
+def _kmnist(facts: Any) -> IdxSet:
+    return IdxSet(
+        name="kmnist",
+        title="KMNIST",
+        folder="KMNIST",
+        class_names=tuple(facts.classes),
+        md5=dict(facts.resources),
+        mirrors=tuple(facts.mirrors),
+        deformation=HANDWRITING,
+    )
+
+
+def _emnist_letters(own_class: Any) -> _OwnClass:
+    def read(root: Path, *, train: bool, download: bool = False) -> Labelled:
+        found = own_class(root, split="letters", train=train, download=download)
+        upright = found.data.transpose(1, 2).contiguous()  # the files have each image's columns as its rows
+        return Split(upright.unsqueeze(1), found.targets - 1), tuple(found.classes[1:])  # label 0 stands for no letter
+
+    names = [f"emnist-letters-{part}-{kind}" for part in ("train", "test") for kind in ("images-idx3", "labels-idx1")]
+    md5 = {f"{name}-ubyte": None for name in names}
+    return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", own_class.url, md5, read, HANDWRITING)
+
+
+def _cifar10(own_class: Any) -> _OwnClass:
+    def read(root: Path, *, train: bool, download: bool = False) -> Labelled:
+        found = own_class(root, train=train, download=download)  # it checks all sums before it unpickles anything
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(found.targets)), tuple(found.classes)
+
+    md5 = dict([*own_class.train_list, *own_class.test_list, (own_class.meta["filename"], own_class.meta["md5"])])
+    return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, own_class.url, md5, read, THINGS)
+
+
+def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
+    _load_part(known, data_folder, download, train=False)  # so that a damaged test set is found before any training
+    full, class_names = _load_part(known, data_folder, download, train=True)
+    train, validation = split_validation(full)
+    _, channels, height, width = full.images.shape
+    info = DatasetInfo(
+        name=known.name,
+        image_shape=(channels, height, width),
+        class_names=class_names,
+        class_counts=tuple(torch.bincount(train.labels, minlength=len(class_names)).tolist()),
+    )
+
+    def load_test() -> Split:
+        return _load_part(known, data_folder, download, train=False)[0]
+
+    return Dataset(info, train, validation, load_test, known.deformation)
+
+
+def _load_part(known: _OwnClass, data_folder: Path, download: bool, *, train: bool) -> Labelled:
+    """The training images or the test images, after the files of both are there and have been compared."""
+    folder = data_folder / known.folder
+    _compare(known, folder)
+    if missing := _missing(known, folder):
+        if not download:
+            raise _missing_files(known, folder, missing, "`download=False` was given")
+        _fetch(known, folder)
+    try:
+        split, class_names = known.read(data_folder, train=train)
+        if not len(split.images) == len(split.labels) >= VALIDATION_SHARE:
+            raise ValueError(f"{len(split.images)} images and {len(split.labels)} labels")
+        if not 0 <= split.labels.min() <= split.labels.max() < len(class_names):
+            raise ValueError(f"labels that are none of its {len(class_names)} classes")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"expected the {known.title} files in {folder}, found some that are cut short or of another kind "
+            f"({_told(error)}); move them away and run again to fetch the originals, or name another `data_folder`"
+        ) from None
+    return split, class_names
+
+
+def _missing(known: _OwnClass, folder: Path) -> list[str]:
+    return [name for name in known.md5 if not exists(folder / name)]
+
+
+def _compare(known: _OwnClass, folder: Path) -> None:
+    """Refuse a file with another sum than the original's, which a download would replace."""
+    for name, md5 in known.md5.items():
+        if md5 is None or not exists(folder / name):
+            continue
+        remedy = "move it away and run again to fetch the original"
+        with open_checked(folder / name, f"a file of {known.title}", remedy) as file:
+            if (found := md5_of(read_at_most(file, MAX_IDX))) != md5:
+                raise InputError(
+                    f"expected MD5 {md5} of {folder / name}, which is the original's, found {found}; {remedy}, or name "
+                    f"another `data_folder`"
+                )
+
+
+def _fetch(known: _OwnClass, folder: Path) -> None:
+    """Let torchvision download to a scratch folder, from which the files that are missing go to their place."""
+    with alone_in(folder, known.title):
+        missing = _missing(known, folder)  # another process may have brought them by now
+        if not missing:
+            return
+        with tempfile.TemporaryDirectory(
+            dir=folder, prefix=".download.", suffix=SCRATCH, ignore_cleanup_errors=True
+        ) as scratch:
+            try:
+                with redirect_stdout(sys.stderr), _patience():
+                    known.read(Path(scratch), train=True, download=True)
+            except Exception as error:
+                raise _missing_files(
+                    known, folder, missing, f"torchvision's download failed ({_told(error)})"
+                ) from None
+            for name in missing:
+                (Path(scratch) / known.folder / name).replace(folder / name)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Inside, a server that says nothing is not waited for without end. torchvision sets no limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_S)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _missing_files(known: _OwnClass, folder: Path, missing: list[str], why: str) -> MissingFileError:
+    found = f"{', '.join(missing)} missing" if len(missing) < len(known.md5) else "all of them missing"
+    return MissingFileError(
+        f"expected the {known.title} files {', '.join(known.md5)} in {folder}, found {found}, and {why}; either mend "
+        f"that and run again (without `download=False`), or put the files there yourself, unpacked from {known.url}, "
+        f"or name the folder that has them as `data_folder`"
+    )
+
+
+def _told(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
