@@ -15,7 +15,7 @@ from tests.helpers import CPU, make_info, make_prior, make_vqvae, random_maps, s
 from vqvae.errors import InputError
 from vqvae.model import load_vqvae
 
-SHAPES = [(7, 7), (1, 7), (7, 1), (4, 6), (6, 4), (1, 10), (10, 1)]
+SHAPES = [(7, 7), (1, 7), (7, 1), (4, 6), (6, 4), (1, 10), (10, 1), (8, 8)]
 TINY = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (1, 3), (3, 1)]
 
 
