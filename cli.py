@@ -324,7 +324,12 @@ def evaluate(
     say(f"weights: {pair.origin}" + (f", measured with {describe(file)}" if file else ""))
     if file is None and pair.info.class_names:
         _, height, width = pair.info.image_shape
-        words = ["--dataset", dataset or pair.info.source or pair.info.name, "--image-size", f"{height}x{width}"]
+        words: list[str | Path] = [
+            "--dataset",
+            dataset or pair.info.source or pair.info.name,
+            "--image-size",
+            f"{height}x{width}",
+        ]
         words += [] if is_shipped(pair.files[0]) else ["--output-folder", pair.files[0].parent]
         first = command_line("train-classifier", *words, *_data_flag(data_folder))
         remark(f"found no classifier of these images and classes; to measure FID too, first run: {program()} {first}")

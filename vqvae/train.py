@@ -133,7 +133,9 @@ class VQVAETask(Task):
         self.data, self.validation = (dataset.train.images,), dataset.validation
         self.vqvae = VQVAE(config, dataset.info.image_shape).to(device).to(memory_format=torch.channels_last)
         if start:
-            self.vqvae.load_state_dict(start[0].state_dict())  # with an EMA codebook's averages, so it does not restart
+            self.vqvae.load_state_dict(start[0].state_dict())  # with the codebook, which does not start from k-means
+            batch_size = min(training.batch_size, len(dataset.train.images))
+            self.vqvae.quantizer.scale_averages(batch_size * math.prod(self.vqvae.map_shape))
         self.predictor: CausalPredictor | None = None
         if training.prediction_weight > 0:
             self.predictor = CausalPredictor(config.code_dim, self.vqvae.map_shape).to(device)

@@ -10,7 +10,6 @@ from prior.evaluation.sets import (
     decoded_images,
     make_samplers,
     real_images,
-    require_same_kind,
     unit_images,
 )
 from prior.independent import draw_independently
@@ -19,7 +18,7 @@ from prior.sampling import draw_labels
 from tests.helpers import make_info, make_prior, make_split, make_vqvae, random_maps
 from vqvae.codec import encode_images
 from vqvae.compute import derive_seed
-from vqvae.data.dataset import Split
+from vqvae.data.dataset import Split, require_same_kind
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 
