@@ -58,15 +58,16 @@ def save_sheet(
         scale: how many times each grid is enlarged.
         heads: a name for each column, which stands above the first grid. They are left out if one is too long.
     """
-    font, small_font = (ImageFont.load_default(size=size) for size in (16, 13))
+    font = ImageFont.load_default(size=16)
     margin, title_height, head_height = 12, 30, 20
     pictures = []
     for _, images in sections:
         small = _to_image(grid(images, columns))
         pictures.append(small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST))
     step = scale * (sections[0][1].shape[3] + PADDING)  # from one column to the next
-    if any(small_font.getlength(head) > step for head in heads):
-        heads = ()
+    small_fonts = [ImageFont.load_default(size=size) for size in range(13, 8, -1)]
+    fitting = [small for small in small_fonts if all(small.getlength(head) < step for head in heads)]
+    heads = heads if fitting else ()
     titles = [math.ceil(font.getlength(title)) for title, _ in sections]
     width = max(*titles, *(picture.width for picture in pictures)) + 2 * margin
     height = sum(picture.height + title_height for picture in pictures) + margin + head_height * bool(heads)
@@ -78,7 +79,7 @@ def save_sheet(
         top += title_height
         for column, head in enumerate(heads):
             center = margin + scale * PADDING // 2 + step * (column + 0.5)
-            draw.text((center, top + head_height / 2), head, fill="black", font=small_font, anchor="mm")
+            draw.text((center, top + head_height / 2), head, fill="black", font=fitting[0], anchor="mm")
         top += head_height * bool(heads)
         heads = ()  # above the first grid alone
         sheet.paste(picture, (margin, top))
