@@ -122,6 +122,19 @@ def test_no_labels_stand_for_no_label_and_unknown_labels_codes_and_shapes_are_er
         network(maps.transpose(1, 2))
 
 
+@pytest.mark.parametrize("map_shape", [(16, 16), (3, 5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.5), (torch.float16, 0.05)])
+@torch.no_grad()
+def test_the_logits_of_every_type_are_those_of_float64(
+    dtype: torch.dtype, tolerance: float, map_shape: tuple[int, int]
+) -> None:
+    network, labels = make_prior(map_shape, num_codes=5), torch.arange(4)
+    maps = random_maps(4, network)
+    exact, found = network.double()(maps, labels), network.to(dtype)(maps, labels)
+    assert (found.dtype, found.shape) == (dtype, (4, 5, *map_shape))
+    assert (found.double() - exact).abs().mean() < tolerance * exact.std()
+
+
 def fit(network: GatedPixelCNN, batches: list[Tensor], lr: float) -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(batches))
