@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Option
 
-from vqvae.console import be_quiet, guard_streams, progress, say
+from vqvae.console import be_quiet, guard_streams, progress, remark, say
 from vqvae.errors import InputError, Interrupted
 from vqvae.shell import as_typed, command_line, program, tell_version
 from vqvae.storage.shipped import RECIPES
@@ -53,6 +53,7 @@ ImageSize = Annotated[str | None, Option(help="Resize images to it: 32 or HEIGHT
 DataFolder = Annotated[Path, PathOption(help="Where datasets are, or are to be put.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: CUDA where there is a device.")]
 Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Same seed, device and number of threads: same result.")]
+StartFrom = Annotated[Path | None, PathOption(help="Begin with these weights of the same network [default: random]")]
 Resume = Annotated[bool, Option("--resume", help="Go on with the run in the output folder.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the run in the output folder.")]
 Download = Annotated[bool, Option(" /--no-download", show_default=False, help="Stop if data is missing.")]
@@ -83,6 +84,7 @@ def train_vqvae(
     beta: Annotated[float | None, Option(help="Weight of the commitment term [default: the recipe's]")] = None,
     config: Config = RECIPES / "mnist.toml",
     seed: Seed = 0,
+    start_from: StartFrom = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     download: Download = True,
@@ -102,6 +104,7 @@ def train_vqvae(
     written = (output_folder or folder_for(config)) / "vqvae.safetensors"
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": written.parent, "download": download}
     run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite, **asdict(data)}
+    run["start_from"] = start_from
     say(f"test: {summarise(train_vqvae(*settings, **run), settings[0].num_codes)}")
     following = ("train-prior", "--vqvae", written, "--config", relative(config))
     _say_what_is_next(written, *following, data_folder=data_folder)
@@ -119,6 +122,7 @@ def train_prior(
     lr: LearningRate = None,
     config: Config = RECIPES / "mnist.toml",
     seed: Seed = 0,
+    start_from: StartFrom = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     download: Download = True,
@@ -136,6 +140,7 @@ def train_prior(
     say(f"VQ-VAE: {describe(file)}")
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": written.parent, "download": download}
     run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite, "dataset": dataset}
+    run["start_from"] = start_from
     say(f"test: {summarise(train_prior(*settings, vqvae_path=file, **run))}")
     pair = ("--vqvae", file, "--prior", written)
     _say_what_is_next(written, "sample", "--mode", "pixelcnn", *pair, "--output", "samples.png")
@@ -283,7 +288,7 @@ def compare(
     say(f"weights: {pair.origin}")
     data = load_like(pair.info, dataset, data_folder, download=download)
     modes = compare_modes(pair, data, num_samples=num_samples, seed=seed)
-    save_comparison(modes, output)
+    save_comparison(modes, output, data.info.class_names)
     say(f"{as_text(modes)}\nwrote {output}")
 
 
@@ -309,12 +314,25 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     from prior import load
+    from prior.evaluation.measure import fits
     from prior.evaluation.report import evaluate_and_report
     from vqvae.data.load import load_like
-    from vqvae.storage.runs import describe, find_classifier
+    from vqvae.storage.runs import describe, find_classifier, is_shipped
 
-    pair, file = load(vqvae, prior, device), find_classifier(classifier)
-    say(f"weights: {pair.origin}, measured with {describe(file)}")
+    pair = load(vqvae, prior, device)
+    file = find_classifier(classifier, partial(fits, info=pair.info))
+    say(f"weights: {pair.origin}" + (f", measured with {describe(file)}" if file else ""))
+    if file is None and pair.info.class_names:
+        _, height, width = pair.info.image_shape
+        words: list[str | Path] = [
+            "--dataset",
+            dataset or pair.info.source or pair.info.name,
+            "--image-size",
+            f"{height}x{width}",
+        ]
+        words += [] if is_shipped(pair.files[0]) else ["--output-folder", pair.files[0].parent]
+        first = command_line("train-classifier", *words, *_data_flag(data_folder))
+        remark(f"found no classifier of these images and classes; to measure FID too, first run: {program()} {first}")
     data = partial(load_like, dataset=dataset, data_folder=data_folder, download=download)
     options: dict[str, Any] = {"split": split, "num_samples": num_samples, "guidance": guidance, "seed": seed}
     say(evaluate_and_report(pair, file, data, output_folder, accuracy_score=cas, **options))
@@ -323,8 +341,12 @@ def evaluate(
 
 def _say_what_is_next(weights: Path, *following: str | Path, data_folder: Path = DATA) -> None:
     """Say where a run's best weights are, which may be older than the run's last part, and what to type next."""
-    data = () if data_folder == DATA else ("--data-folder", data_folder)
-    say(f"best weights: {weights}; next: {program()} {command_line(*following, *data)}")
+    say(f"best weights: {weights}; next: {program()} {command_line(*following, *_data_flag(data_folder))}")
+
+
+def _data_flag(data_folder: Path) -> tuple[str | Path, ...]:
+    """The flag that names the data folder, if it is not the default."""
+    return () if data_folder == DATA else ("--data-folder", data_folder)
 
 
 @app.callback(help="A VQ-VAE turns images into small maps of codes and back; a gated PixelCNN learns to draw such maps")

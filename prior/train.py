@@ -11,7 +11,7 @@ from torch import Tensor
 from prior.codes import Codes, extract_cached
 from prior.independent import baselines
 from prior.likelihood import maps_at_once, nats_per_code
-from prior.model import GatedPixelCNN, PriorConfig, load_prior
+from prior.model import GatedPixelCNN, PriorConfig, layers_needed, load_prior
 from prior.pair import draw_maps
 from vqvae.codec import decode_images
 from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
@@ -28,6 +28,7 @@ from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
+from vqvae.training.start import require_kept, require_same_network
 from vqvae.training.state import require_same_settings
 
 SHOW_EVERY = 4  # epochs between sample grids
@@ -62,10 +63,15 @@ def evaluate_prior(prior: GatedPixelCNN, codes: Codes) -> dict[str, float]:
 
 
 def run_settings(
-    config: PriorConfig, training: PriorTraining, dataset: Dataset, vqvae_header: Header, seed: int
+    config: PriorConfig,
+    training: PriorTraining,
+    dataset: Dataset,
+    vqvae_header: Header,
+    seed: int,
+    start: tuple[GatedPixelCNN, str] | None,
 ) -> dict[str, Any]:
     """All that the result of a training depends on."""
-    origin = {"vqvae": vqvae_header.fingerprint, "data": digest(dataset.train)}
+    origin = {"vqvae": vqvae_header.fingerprint, "data": digest(dataset.train), "start_from": start and start[1]}
     return {**asdict(config), **asdict(training), "seed": seed, **origin}
 
 
@@ -78,6 +84,7 @@ class PriorTask(Task):
         vqvae, vqvae_header: stage one, which the codes come from.
         path: of the file that keeps the best weights.
         seed: of the initial weights, and of the run.
+        start: a network to take the initial weights from, and its fingerprint. None: they are random.
     """
 
     unit = "maps"
@@ -94,15 +101,18 @@ class PriorTask(Task):
         vqvae_header: Header,
         path: Path,
         seed: int,
+        start: tuple[GatedPixelCNN, str] | None = None,
     ) -> None:
         self.training, self.info, self.path, self.seed = training, dataset.info, path, seed
         self.vqvae, self.vqvae_fingerprint = vqvae, vqvae_header.fingerprint
-        self.settings = run_settings(config, training, dataset, vqvae_header, seed)
+        self.settings = run_settings(config, training, dataset, vqvae_header, seed, start)
         self.data, self.validation = tuple(train), validation
         num_codes = vqvae.config.num_codes
         self.baselines = baselines(train, validation, num_codes)
         torch.manual_seed(seed)
         self.prior = GatedPixelCNN(config, num_codes, vqvae.map_shape, self.info.num_classes).to(vqvae.device)
+        if start:
+            self.prior.load_state_dict(start[0].state_dict())
         self.model = self.prior
 
     def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
@@ -150,6 +160,7 @@ def train_prior(
     dataset: str | Path | None = None,
     data_folder: Path,
     output_folder: Path,
+    start_from: Path | None = None,
     device: str | torch.device = "auto",
     resume: bool = False,
     overwrite: bool = False,
@@ -160,11 +171,16 @@ def train_prior(
 
     Args:
         dataset, data_folder: see `vqvae.data.load.load_like`. None stands for the dataset of the VQ-VAE.
+        start_from: a checkpoint of the same network, whose weights the run begins with. None: random ones.
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.
         download: fetch the data where it is missing.
     Returns:
         the figures of that best epoch on the test split, and those of the priors without neighbours.
+    Raises:
+        InputError: an argument is out of range, a file is missing or damaged, or the images or classes are not those
+            that the VQ-VAE has learned.
+        Interrupted: a signal came; the run is saved.
     """
     seed, where = require_whole("seed", seed, 0), pick_device(device)
     vqvae, vqvae_header = load_vqvae(vqvae_path, where)
@@ -175,20 +191,55 @@ def train_prior(
         require_same_kind(info, data.info)
     num_codes, num_classes = vqvae.config.num_codes, data.info.num_classes
     require_memory_to_train(lambda: GatedPixelCNN(config, num_codes, vqvae.map_shape, num_classes), config.width)
+    start = None if start_from is None else load_start(start_from, path, config, data.info, vqvae)
     with run_lock(output_folder, "prior", resume=resume, overwrite=overwrite):
         if resume:  # before the code maps of other data replace this run's
-            require_same_settings(folder / "resume.pt", run_settings(config, training, data, vqvae_header, seed))
+            settings = run_settings(config, training, data, vqvae_header, seed, start)
+            require_same_settings(folder / "resume.pt", settings)
         with main_first():
             train, validation = (
                 extract_cached(vqvae, vqvae_header.fingerprint, split, name, folder)
                 for name, split in (("train", data.train), ("validation", data.validation))
             )
-        task = PriorTask(config, training, data, train, validation, vqvae, vqvae_header, path, seed)
+        task = PriorTask(config, training, data, train, validation, vqvae, vqvae_header, path, seed, start)
         fit(task, training, Run(folder, seed, task.settings, resume))
         best, _ = load_prior(path, vqvae, vqvae_header, where)
         with main_first():
             test = extract_cached(vqvae, vqvae_header.fingerprint, data.load_test(), "test", folder)
         return {**evaluate_prior(best, test), **baselines(train, test, num_codes)}
+
+
+def load_start(
+    file: Path, weights: Path, config: PriorConfig, info: DatasetInfo, vqvae: VQVAE
+) -> tuple[GatedPixelCNN, str]:
+    """The network to begin a training with, and its fingerprint. It may have learned the codes of another VQ-VAE.
+
+    Args:
+        file: its checkpoint.
+        weights: the file that the run writes.
+        config, info, vqvae: what is to be trained, on which data, and on whose codes.
+    Raises:
+        InputError: the checkpoint is missing or damaged, it is of another network, or the run would replace it.
+    """
+    require_kept(file, weights)
+    header, shapes = checkpoint.read_header(file, "prior"), checkpoint.read_shapes(file, "prior")
+    learned = from_dict(DatasetInfo, header.data)
+    found = {  # what the header does not say is read off the weights
+        "image_shape": learned.image_shape,
+        "num_classes": learned.num_classes,
+        "num_codes": (shapes.get("embedding.weight") or (0,))[0],
+        "width": from_dict(PriorConfig, header.config).width,
+        "num_layers": sum(name.endswith(".label.weight") for name in shapes),
+    }
+    num_codes, num_layers = vqvae.config.num_codes, config.num_layers or layers_needed(vqvae.map_shape)
+    expected = {"image_shape": info.image_shape, "num_classes": info.num_classes, "num_codes": num_codes}
+    require_same_network(file, found, {**expected, "width": config.width, "num_layers": num_layers})
+
+    def build(header: Header) -> GatedPixelCNN:
+        return GatedPixelCNN(config, num_codes, vqvae.map_shape, info.num_classes)
+
+    network, header = checkpoint.load(file, "prior", build)
+    return network, header.fingerprint
 
 
 def summarise(figures: dict[str, float]) -> str:

@@ -19,7 +19,7 @@ RANKING = """
     vqvae.data.mnist vqvae.data.torchvision_sets vqvae.data.images vqvae.data.prepared vqvae.data.folder
     vqvae.data.arrays vqvae.data.load vqvae.pictures vqvae.output
     vqvae.training vqvae.training.settings vqvae.training.signals vqvae.training.averages vqvae.training.logs
-    vqvae.training.state vqvae.training.loop
+    vqvae.training.state vqvae.training.start vqvae.training.loop
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae
     prior.kernels prior.model prior.incremental prior.sampling prior.checks
     prior.codes prior.independent prior.likelihood prior.pair prior.train

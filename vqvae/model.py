@@ -3,8 +3,9 @@
     x (B, C, S, T) --Encoder--> z_e (B, D, H, W) --VectorQuantizer--> z_q --Decoder--> x_hat (B, C, S, T)
 
 H = S/4 and W = T/4. The network is the paper's (section 4.1): two strided 4x4 convolutions, then residual blocks (ReLU,
-3x3, ReLU, 1x1), and the mirror image of it. There is no normalisation, so no item of a batch depends on another. The
-residual blocks work at a quarter of the image's side, where a convolution costs a sixteenth.
+3x3, ReLU, 1x1), and the mirror image of it. With a third strided convolution they are S/8 and T/8. There is no
+normalisation, so no item of a batch depends on another. The residual blocks work at a quarter of the image's side or
+less, where a convolution costs a sixteenth or less.
 
 Two departures from the paper. The decoder rises by sub-pixel convolutions, which run faster on a CPU. They contain the
 paper's transposed ones: a 4x4 transposed convolution of stride 2 is a 3x3 convolution to four times the channels, with
@@ -12,6 +13,7 @@ some weights zero. And a residual block is the identity at the start of training
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from vqvae.quantizer import CodebookLearning, VectorQuantizer
 from vqvae.storage import checkpoint
 from vqvae.storage.recipe import from_dict, require_range
 
-DOWNSAMPLING = 4  # image side over code-map side
+NUM_LEVELS = {4: 2, 8: 3}  # how often the image's side is halved, by downsampling
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class VQVAEConfig:
     num_decoder_blocks: int = 2
     codebook_learning: CodebookLearning = "gradient"
     ema_decay: float = 0.99  # of an EMA codebook
+    downsampling: int = 4  # image side over code-map side, 4 or 8
 
     def __post_init__(self) -> None:
         require_range("code_dim", self.code_dim, 1, 1024)
@@ -46,6 +49,8 @@ class VQVAEConfig:
         require_range("num_encoder_blocks", self.num_encoder_blocks, 0, 64)
         require_range("num_decoder_blocks", self.num_decoder_blocks, 0, 64)
         require_range("ema_decay", self.ema_decay, 0, 0.99999)
+        if self.downsampling not in NUM_LEVELS:
+            raise InputError(f"expected `downsampling` to be 4 or 8, found {self.downsampling}; choose one of the two")
 
 
 class VQVAEOutput(NamedTuple):
@@ -73,14 +78,14 @@ class ResidualBlock(nn.Sequential):
 
 
 class Encoder(nn.Sequential):
-    """x (B, C, S, T) to z_e (B, D, S/4, T/4)."""
+    """x (B, C, S, T) to z_e (B, D, H, W)."""
 
     def __init__(self, config: VQVAEConfig, num_channels: int) -> None:
-        width = config.width
+        width, num_levels = config.width, NUM_LEVELS[config.downsampling]
+        widths = [num_channels, width // 2, *[width] * (num_levels - 1)]
+        halving = [m for pair in pairwise(widths) for m in (nn.ReLU(), nn.Conv2d(*pair, 4, stride=2, padding=1))]
         super().__init__(
-            nn.Conv2d(num_channels, width // 2, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
+            *halving[1:],  # without a ReLU on the image
             *(ResidualBlock(width) for _ in range(config.num_encoder_blocks)),
             nn.ReLU(),
             nn.Conv2d(width, config.code_dim, 1),
@@ -88,20 +93,33 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """z_q (B, D, S/4, T/4) to x_hat (B, C, S, T), unbounded."""
+    """z_q (B, D, H, W) to x_hat (B, C, S, T), unbounded."""
 
     def __init__(self, config: VQVAEConfig, num_channels: int) -> None:
-        width = config.width
+        width, num_levels = config.width, NUM_LEVELS[config.downsampling]
+        widths = [width, *[width // 2] * (num_levels - 2), width // 4, num_channels]
         super().__init__(
             nn.Conv2d(config.code_dim, width, 3, padding=1),
             *(ResidualBlock(width) for _ in range(config.num_decoder_blocks)),
-            nn.ReLU(),
-            nn.Conv2d(width, 4 * (width // 4), 3, padding=1),
-            nn.PixelShuffle(2),
-            nn.ReLU(),
-            nn.Conv2d(width // 4, 4 * num_channels, 3, padding=1),
-            nn.PixelShuffle(2),
         )
+        for channels_in, channels_out in pairwise(widths):
+            self.extend([nn.ReLU(), nn.Conv2d(channels_in, 4 * channels_out, 3, padding=1), nn.PixelShuffle(2)])
+
+
+def map_shape_of(image_shape: tuple[int, int, int], downsampling: int) -> tuple[int, int]:
+    """(H, W) of the code maps of images (C, S, T).
+
+    Raises:
+        InputError: a height or width that `downsampling` does not divide.
+    """
+    _, height, width = image_shape
+    if min(height, width) < 1 or height % downsampling or width % downsampling:
+        fitting = "x".join(str(max(side // downsampling, 1) * downsampling) for side in (height, width))
+        raise InputError(
+            f"expected images whose height and width divide by {downsampling}, found {height}x{width}; try "
+            f"`image_size={fitting}`"
+        )
+    return height // downsampling, width // downsampling
 
 
 class VQVAE(nn.Module):
@@ -113,21 +131,16 @@ class VQVAE(nn.Module):
         config: the network.
         image_shape: (C, S, T), channels, height and width.
     Raises:
-        InputError: a height or width that 4 does not divide.
+        InputError: a height or width that `config.downsampling` does not divide.
     """
 
     def __init__(self, config: VQVAEConfig, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        num_channels, height, width = image_shape
-        if min(image_shape) < 1 or height % DOWNSAMPLING != 0 or width % DOWNSAMPLING != 0:
-            raise InputError(
-                f"expected images whose height and width divide by {DOWNSAMPLING}, found {height}x{width}; resize them"
-            )
         self.config, self.image_shape = config, image_shape
-        self.map_shape = (height // DOWNSAMPLING, width // DOWNSAMPLING)
-        self.encoder = Encoder(config, num_channels)
+        self.map_shape = map_shape_of(image_shape, config.downsampling)
+        self.encoder = Encoder(config, image_shape[0])
         self.quantizer = VectorQuantizer(config.num_codes, config.code_dim, config.codebook_learning, config.ema_decay)
-        self.decoder = Decoder(config, num_channels)
+        self.decoder = Decoder(config, image_shape[0])
 
     def forward(self, x: Tensor) -> VQVAEOutput:
         """Reconstruct images (B, C, S, T), floating point in -1..1.

@@ -1,6 +1,8 @@
 """Pictures of images: plain grids, and sheets of several grids with titles."""
 
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -41,29 +43,47 @@ def save_grid(images: Tensor, path: Path) -> None:
     write_atomically(path, grid_png(images))
 
 
-def save_sheet(sections: list[tuple[str, Tensor]], path: Path, columns: int = COLUMNS, scale: int = 2) -> None:
+def save_sheet(
+    sections: list[tuple[str, Tensor]],
+    path: Path,
+    columns: int = COLUMNS,
+    scale: int = 2,
+    heads: Sequence[str] = (),
+) -> None:
     """Write several grids to one PNG file, one below the other, each under its title.
 
     Args:
         sections: (title, images (N, C, H, W) in 0..1) from top to bottom.
         columns: images in a row.
         scale: how many times each grid is enlarged.
+        heads: a name for each column, which stands above the first grid. They are left out if one is too long.
     """
     font = ImageFont.load_default(size=16)
-    margin, title_height = 12, 30
+    margin, title_height, head_height = 12, 30, 20
     pictures = []
     for _, images in sections:
         small = _to_image(grid(images, columns))
         pictures.append(small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST))
-    width = max(picture.width for picture in pictures) + 2 * margin
-    height = sum(picture.height + title_height for picture in pictures) + margin
+    step = scale * (sections[0][1].shape[3] + PADDING)  # from one column to the next
+    small_fonts = [ImageFont.load_default(size=size) for size in range(13, 8, -1)]
+    fitting = [small for small in small_fonts if all(small.getlength(head) < step for head in heads)]
+    heads = heads if fitting else ()
+    titles = [math.ceil(font.getlength(title)) for title, _ in sections]
+    width = max(*titles, *(picture.width for picture in pictures)) + 2 * margin
+    height = sum(picture.height + title_height for picture in pictures) + margin + head_height * bool(heads)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
     for (title, _), picture in zip(sections, pictures, strict=True):
         draw.text((margin, top + 7), title, fill="black", font=font)
-        sheet.paste(picture, (margin, top + title_height))
-        top += title_height + picture.height
+        top += title_height
+        for column, head in enumerate(heads):
+            center = margin + scale * PADDING // 2 + step * (column + 0.5)
+            draw.text((center, top + head_height / 2), head, fill="black", font=fitting[0], anchor="mm")
+        top += head_height * bool(heads)
+        heads = ()  # above the first grid alone
+        sheet.paste(picture, (margin, top))
+        top += picture.height
     write_atomically(path, _to_png(sheet))
 
 

@@ -133,6 +133,17 @@ class VectorQuantizer(nn.Module):
         """The codes (B, D, *positions) at indices (B, *positions)."""
         return F.embedding(indices, self.codebook).movedim(-1, self.channel_axis)
 
+    @torch.no_grad()
+    def scale_averages(self, num_vectors: int) -> None:
+        """Make an EMA codebook's averages those of batches of this many vectors. The codes stay.
+
+        Averages of smaller batches would look like those of dead codes.
+        """
+        if self.learning == "ema":
+            factor = num_vectors / self.counts.sum()
+            self.counts.mul_(factor)
+            self.sums.mul_(factor)
+
     def _to_rows(self, z_e: Tensor) -> Tensor:
         """z_e as vectors (N, D), in float32, or in float64 where z_e or the codebook has it."""
         if z_e.ndim < 2 or z_e.shape[self.channel_axis] != self.code_dim:

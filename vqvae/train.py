@@ -1,6 +1,7 @@
 """Stage one: its loss, its evaluation, its training task."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from vqvae.codec import reconstruct_images
 from vqvae.compute import eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
 from vqvae.console import remark
-from vqvae.data.dataset import Dataset, Split, digest
+from vqvae.data.dataset import Dataset, DatasetInfo, Split, digest
 from vqvae.data.load import load_dataset
 from vqvae.data.pixels import to_model_range, to_unit_range
 from vqvae.distributed import all_reduce_sum, main_first, shard
 from vqvae.errors import InputError
-from vqvae.model import VQVAE, VQVAEConfig, load_vqvae
+from vqvae.model import VQVAE, VQVAEConfig, load_vqvae, map_shape_of
 from vqvae.pictures import grid
 from vqvae.predictor import CausalPredictor
 from vqvae.quantizer import codes_used, count_codes, perplexity
@@ -26,6 +27,7 @@ from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
+from vqvae.training.start import require_kept, require_same_network
 
 EVALUATION_BATCH = 500
 HARDLY_USED = 1 / 20  # the share of a codebook below which its perplexity is remarked on
@@ -108,6 +110,7 @@ class VQVAETask(Task):
     Args:
         path: of the file that keeps the best weights.
         seed: of the initial weights, and of the run.
+        start: a model to take the initial weights from, and its fingerprint. None: they are random.
     """
 
     unit = "images"
@@ -121,12 +124,18 @@ class VQVAETask(Task):
         path: Path,
         device: torch.device,
         seed: int,
+        start: tuple[VQVAE, str] | None = None,
     ) -> None:
         self.training, self.info, self.path = training, dataset.info, path
         self.settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(dataset.train)}
+        self.settings["start_from"] = start and start[1]
         torch.manual_seed(seed)
         self.data, self.validation = (dataset.train.images,), dataset.validation
         self.vqvae = VQVAE(config, dataset.info.image_shape).to(device).to(memory_format=torch.channels_last)
+        if start:
+            self.vqvae.load_state_dict(start[0].state_dict())  # with the codebook, which does not start from k-means
+            batch_size = min(training.batch_size, len(dataset.train.images))
+            self.vqvae.quantizer.scale_averages(batch_size * math.prod(self.vqvae.map_shape))
         self.predictor: CausalPredictor | None = None
         if training.prediction_weight > 0:
             self.predictor = CausalPredictor(config.code_dim, self.vqvae.map_shape).to(device)
@@ -168,6 +177,7 @@ def train_vqvae(
     image_size: str | int | None = None,
     data_folder: Path,
     output_folder: Path,
+    start_from: Path | None = None,
     device: str | torch.device = "auto",
     resume: bool = False,
     overwrite: bool = False,
@@ -177,25 +187,73 @@ def train_vqvae(
 
     Args:
         dataset, image_size, data_folder: see `vqvae.data.load.load_dataset`.
+        start_from: a checkpoint of the same network, whose weights the run begins with. None: random ones.
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.
         download: fetch the data where it is missing.
     Returns:
         the figures of that best epoch on the test split.
+    Raises:
+        InputError: an argument is out of range, a file is missing or damaged, the images do not fit the network, or
+            they are too few for its codes.
+        Interrupted: a signal came; the run is saved.
     """
     seed = require_whole("seed", seed, 0)
     path, where = weights_file(output_folder, "vqvae"), pick_device(device)
     with main_first():
         data = load_dataset(dataset, data_folder, image_size=image_size, download=download)
+    require_enough_images(len(data.train.labels), data.info.image_shape, config)
     require_memory_to_train(lambda: VQVAE(config, data.info.image_shape), config.width)
+    start = None if start_from is None else load_start(start_from, path, config, data.info)
     with run_lock(output_folder, "vqvae", resume=resume, overwrite=overwrite):
-        task = VQVAETask(config, training, data, path, where, seed)
+        task = VQVAETask(config, training, data, path, where, seed, start)
         fit(task, training, Run(output_folder / "vqvae", seed, task.settings, resume))
         best, _ = load_vqvae(path, where)
         figures = evaluate_vqvae(best, data.load_test(), training)
     if advice := advice_on_codebook(figures, config):
         remark(advice)
     return figures
+
+
+def load_start(file: Path, weights: Path, config: VQVAEConfig, info: DatasetInfo) -> tuple[VQVAE, str]:
+    """The model to begin a training with, and its fingerprint.
+
+    Args:
+        file: its checkpoint.
+        weights: the file that the run writes.
+        config, info: what is to be trained, and on which data.
+    Raises:
+        InputError: the checkpoint is missing or damaged, it is of another network, or the run would replace it.
+    """
+
+    def shaped_by(config: VQVAEConfig, image_shape: tuple[int, int, int]) -> dict[str, object]:
+        return {"image_shape": image_shape, **asdict(replace(config, ema_decay=0))}  # which changes no shape
+
+    require_kept(file, weights)
+    model, header = load_vqvae(file, torch.device("cpu"))
+    require_same_network(file, shaped_by(model.config, model.image_shape), shaped_by(config, info.image_shape))
+    return model, header.fingerprint
+
+
+def require_enough_images(num_images: int, image_shape: tuple[int, int, int], config: VQVAEConfig) -> None:
+    """Refuse to train more codes than there are positions to take them, and remark on more codes than images.
+
+    Args:
+        num_images: for training.
+    Raises:
+        InputError: there are fewer positions in all code maps than codes; or the network does not take such images.
+    """
+    num_codes, num_positions = config.num_codes, num_images * math.prod(map_shape_of(image_shape, config.downsampling))
+    fewer = 2 ** max(num_images.bit_length() - 1, 1)  # a power of two, at most as many as the images
+    if num_positions < num_codes:
+        raise InputError(
+            f"expected at least one position in the code maps for each of {num_codes} codes, found {num_positions} in "
+            f"{num_images} training images; add images, or try `num_codes={fewer}`"
+        )
+    if num_images < num_codes:
+        remark(
+            f"there are fewer training images, {num_images}, than codes, {num_codes}. Try fewer codes, such as {fewer}."
+        )
 
 
 def advice_on_codebook(figures: dict[str, float], config: VQVAEConfig) -> str | None:

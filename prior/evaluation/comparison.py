@@ -1,5 +1,6 @@
 """The sampling modes side by side: images of each for one sheet of pictures, and figures for a table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prior.evaluation.metrics import nearest
-from prior.evaluation.sets import unit_images
+from prior.evaluation.sets import unit_images, unit_vectors
 from prior.likelihood import mixture_nats_per_map
 from prior.pair import Pair, draw_maps
 from prior.sampling import GUIDANCE, draw_labels
@@ -22,6 +23,7 @@ from vqvae.quantizer import codes_used, count_codes
 from vqvae.storage.files import write_arrays
 
 NUM_ROWS = 3  # of each mode, where no number is given
+CELL = 72  # pixels of an enlarged image on the sheet, at most; a larger image is not enlarged
 UNLABELLED = -1  # in the labels of a mode that draws for no label
 
 
@@ -82,7 +84,7 @@ def compare_modes(pair: Pair, dataset: Dataset, *, num_samples: int | None = Non
     else:
         maps = draw_maps(pair.prior, num_samples, generator("pixelcnn"))
         drawn.append(("pixelcnn", "pixelcnn: codes drawn from the learned prior", maps, unlabelled))
-    reference = unit_images(dataset.validation.images)
+    reference = dataset.validation.images
     originals = {"real": unit_images(real)}  # all other images are decoded codes
     return [_to_mode(pair, *parts, reference, originals.get(parts[0])) for parts in drawn]
 
@@ -99,16 +101,19 @@ def as_text(modes: list[Mode]) -> str:
     return "\n".join([head, *rows, remark])
 
 
-def save_comparison(modes: list[Mode], output: Path) -> None:
+def save_comparison(modes: list[Mode], output: Path, class_names: Sequence[str]) -> None:
     """Write the modes to a file: one sheet of pictures as .png, or else the arrays of all modes in a row as .npz.
 
+    Args:
+        class_names: of the images. More than one are the columns of the sheet.
     Raises:
         InputError: the file can't be written.
     """
     if output.suffix == ".png":
-        num_classes = len(modes[0].labels.unique())  # of the real images, which come class by class
-        columns = num_classes if num_classes > 1 else COLUMNS
-        save_sheet([(mode.title, mode.images) for mode in modes], output, columns)
+        heads = class_names if len(class_names) > 1 else ()
+        scale = max(CELL // max(modes[0].images.shape[2:]), 1)
+        sections = [(mode.title, mode.images) for mode in modes]
+        save_sheet(sections, output, len(heads) or COLUMNS, scale, heads)
         return
     names = np.array([mode.name for mode in modes for _ in mode.labels])
     arrays = {name: torch.cat([getattr(m, name) for m in modes]).numpy() for name in ("images", "indices", "labels")}
@@ -143,11 +148,11 @@ def _to_mode(
     """A mode with its figures.
 
     Args:
-        reference: (M, C, H, W) in 0..1, the images that distances are measured to.
+        reference: (M, C, H, W) uint8, the images that distances are measured to.
         images: None decodes the indices.
     """
     images = decode_images(pair.vqvae, indices) if images is None else images
-    distances, _ = nearest(images.flatten(1), reference.flatten(1))
+    distances, _ = nearest(images.flatten(1), reference, unit_vectors)
     distance = (distances / images[0].numel() ** 0.5).mean().item()
     nats = mixture_nats_per_map(pair.prior, indices, pair.info.class_frequencies).mean().item()
     used = codes_used(count_codes(indices, pair.vqvae.config.num_codes))

@@ -70,9 +70,13 @@ def measure_likelihood(prior: GatedPixelCNN, codes: dict[str, Codes], train: Cod
 
 
 def extract_codes(vqvae: VQVAE, split: Split) -> Codes:
-    """`extract`, with a progress bar."""
-    with progress(len(split.labels), "image", doing="code maps") as bar:
-        return extract(vqvae, split, bar.update)
+    """`extract` of a split that may be large, with a progress bar. The indices are int16."""
+    num = len(split.labels)
+    indices = torch.empty(num, *vqvae.map_shape, dtype=torch.int16)
+    with progress(num, "image", doing="code maps") as bar:
+        for rows in in_batches(num, AT_ONCE):
+            indices[rows] = extract(vqvae, Split(split.images[rows], split.labels[rows]), bar.update).indices
+    return Codes(indices, split.labels)
 
 
 def measure_positions(prior: GatedPixelCNN, codes: Codes) -> Tensor:

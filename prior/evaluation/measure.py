@@ -4,6 +4,7 @@ code maps --decoder--> sets of images --classifier--> features --metrics--> a ro
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ from vqvae.distributed import main_first
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
 from vqvae.quantizer import count_codes
+from vqvae.storage.checkpoint import Header
+from vqvae.storage.recipe import from_dict
 from vqvae.train import VQVAETraining, evaluate_vqvae
 
 FEWEST_IMAGES = 100  # with fewer, the figures say nothing
@@ -61,7 +64,7 @@ class Evaluation(NamedTuple):
 
 def evaluate_pair(
     pair: Pair,
-    classifier_file: Path,
+    classifier_file: Path | None,
     load_dataset: Callable[[DatasetInfo], Dataset],
     *,
     split: str = "test",
@@ -74,7 +77,8 @@ def evaluate_pair(
     """Measure a VQ-VAE and its prior on a dataset.
 
     Args:
-        classifier_file: weights of the classifier whose features the metrics are taken in.
+        classifier_file: weights of the classifier whose features the metrics are taken in. None leaves out the figures
+            that need one.
         load_dataset: the pair's dataset, or another of the same kind, by the facts of the former. It is called after
             everything else has been checked, because it may fetch the data.
         split: "validation" to choose by, or "test" to report.
@@ -83,8 +87,8 @@ def evaluate_pair(
         accuracy_score: also measure the classification accuracy score, which trains two classifiers.
         save: called with all other figures before these classifiers are trained.
     Raises:
-        InputError: an argument is out of range, the classifier's file is missing or damaged, or the dataset is not of
-            the kind that the models have learned.
+        InputError: an argument is out of range, the classifier's file is missing or damaged or it has learned other
+            images or classes, or the dataset is not of the kind that the models have learned.
     """
     if split not in ("validation", "test"):
         raise InputError(f"expected `split` to be validation or test, found {split!r}; try `split=test`")
@@ -93,8 +97,10 @@ def evaluate_pair(
         require_whole("num_samples", num_samples, FEWEST_IMAGES, remedy=f"try `num_samples={FEWEST_IMAGES}`")
     if accuracy_score:
         require_trainable(pair.info)
-    classifier, classifier_header = load_classifier(classifier_file, pair.vqvae.device)
-    require_fitting(classifier, pair.info)
+    headers, classifier = {"vqvae": pair.vqvae_header, "prior": pair.prior_header}, None
+    if classifier_file is not None:
+        classifier, headers["classifier"] = load_classifier(classifier_file, pair.vqvae.device)
+        require_fitting(headers["classifier"], pair.info)
     with main_first():
         dataset = load_dataset(pair.info)
     require_same_kind(pair.info, dataset.info)
@@ -111,11 +117,7 @@ def evaluate_pair(
         seed=seed,
         guidance=GUIDANCE if guidance is None else guidance,
     )
-    evaluation.figures["origin"] |= {
-        "vqvae": pair.vqvae_header.fingerprint,
-        "prior": pair.prior_header.fingerprint,
-        "classifier": classifier_header.fingerprint,
-    }
+    evaluation.figures["origin"] |= {stage: header.fingerprint for stage, header in headers.items()}
     if accuracy_score:
         save(evaluation)
         samples = evaluation.labelled_samples
@@ -127,7 +129,7 @@ def evaluate_pair(
 def evaluate(
     vqvae: VQVAE,
     prior: GatedPixelCNN,
-    classifier: Classifier,
+    classifier: Classifier | None,
     info: DatasetInfo,
     splits: dict[str, Split],
     *,
@@ -138,6 +140,7 @@ def evaluate(
     """Measure a pair of stages.
 
     Args:
+        classifier: None leaves out the figures that need one.
         info: what the images are; labels that are not asked for are drawn from its class frequencies.
         splits: the training images as `train`, which every set is compared with, and others by name. The last one is
             measured: validation to choose by, test to report.
@@ -159,21 +162,14 @@ def evaluate(
     # The sets are compared with the first training images, as many as there are to measure.
     chosen = {name: choose(split, num_samples, seed) for name, split in {**splits, "train": train.first(most)}.items()}
     reference, held_out = chosen["train"], chosen[measured_name]
-    features, _ = extract_features(classifier, reference.images)
-    if not features.isfinite().all():
-        raise InputError("expected a classifier of finite features, found others; train one with `train_classifier()`")
+    measure = None if classifier is None else _comparing_with(reference.images, classifier, info, seed)
     train_codes = extract_codes(vqvae, train)
     codes = {name: extract(vqvae, split) for name, split in chosen.items()}
     frequencies = unigram(train_codes, vqvae.config.num_codes)
 
     samplers = make_samplers(vqvae, prior, info, held_out, reference.labels, frequencies, seed=seed, guidance=guidance)
     image_sets = [real_images(held_out, info), *_draw(samplers, vqvae, num_samples, seed)]
-    rows = []
-    with progress(len(image_sets), "set") as bar:
-        for image_set in image_sets:
-            bar.set_description(f"measuring: {image_set.title}", refresh=False)
-            rows.append(measure_set(image_set, classifier, features, info, seed))
-            bar.update()
+    rows = [] if measure is None else _measure(image_sets, measure)
     sets = {image_set.name: image_set for image_set in image_sets}
     labelled_samples = sets.get("pixelcnn_guided") or sets.get("pixelcnn_labelled") or sets["pixelcnn"]
     with progress(3 * num_samples, "image", doing="nearest training images") as bar:
@@ -233,22 +229,54 @@ def classification_accuracy_score(
     return scores
 
 
-def require_fitting(classifier: Classifier, info: DatasetInfo) -> None:
+def fits(classifier: Header, info: DatasetInfo) -> bool:
+    """Whether a classifier can measure images: it has learned images of their shape, and their classes."""
+    learned = [classifier.data.get(name) for name in ("image_shape", "class_names")]
+    return bool(info.class_names) and learned == [list(info.image_shape), list(info.class_names)]
+
+
+def require_fitting(classifier: Header, info: DatasetInfo) -> None:
     """Refuse a classifier of other images than these.
 
     Raises:
-        InputError: it has learned images of another shape, or other classes.
+        InputError: it has learned images of another shape or other classes, or these images have no classes.
     """
-    if classifier.image_shape != info.image_shape:
+    if not info.class_names:
         raise InputError(
-            f"expected a classifier of images {info.image_shape}, found one of images {classifier.image_shape}; train "
+            f"expected no `classifier` for the images of {info.name}, which have no classes, found one; leave it out"
+        )
+    if not fits(classifier, info):
+        learned = from_dict(DatasetInfo, classifier.data)
+        raise InputError(
+            f"expected a classifier of images {info.image_shape} in the {info.num_classes} classes of {info.name}, "
+            f"found one of images {learned.image_shape} in the {learned.num_classes} classes of {learned.name}; train "
             f"one on {info.name} with `train_classifier()`"
         )
-    if info.class_names and classifier.num_classes != info.num_classes:
-        raise InputError(
-            f"expected a classifier of {info.num_classes} classes, found one of {classifier.num_classes}; train one on "
-            f"{info.name} with `train_classifier()`"
-        )
+
+
+def _comparing_with(
+    reference: Tensor, classifier: Classifier, info: DatasetInfo, seed: int
+) -> Callable[[ImageSet], dict[str, Any]]:
+    """`measure_set` of sets to be compared with reference images (N, C, H, W) uint8.
+
+    Raises:
+        InputError: their features are not finite.
+    """
+    features, _ = extract_features(classifier, reference)
+    if not features.isfinite().all():
+        raise InputError("expected a classifier of finite features, found others; train one with `train_classifier()`")
+    return partial(measure_set, classifier=classifier, real_features=features, info=info, seed=seed)
+
+
+def _measure(image_sets: list[ImageSet], measure: Callable[[ImageSet], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of each set."""
+    rows = []
+    with progress(len(image_sets), "set") as bar:
+        for image_set in image_sets:
+            bar.set_description(f"measuring: {image_set.title}", refresh=False)
+            rows.append(measure(image_set))
+            bar.update()
+    return rows
 
 
 def _draw(samplers: list[Sampler], vqvae: VQVAE, num: int, seed: int) -> list[ImageSet]:

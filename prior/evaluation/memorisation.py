@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from prior.evaluation.metrics import mann_whitney_p, nearest, share_closer
-from prior.evaluation.sets import ImageSet, unit_images
+from prior.evaluation.sets import ImageSet, unit_vectors
+from vqvae.compute import in_batches
 
 NUM_PAIRS = 50
+AT_ONCE = 10_000  # training maps
 COMPARED = (  # a name, the set that might lie closer, and the other
     ("closer_than_real", "samples", "real"),
     ("closer_than_reconstructions", "samples", "reconstructions"),
@@ -37,9 +39,9 @@ def measure_memorisation(
     Args:
         real, reconstructions: (N, C, H, W) uint8.
         samples: at least NUM_PAIRS images, with their indices.
-        train_images: (M, C, H, W) uint8.
-        train_indices: (M, h, w) int64, the code maps of the training images.
-        real_indices: (N, h, w) int64, the code maps of the held-out images.
+        train_images: (M, C, H, W) uint8, perhaps mapped from disk.
+        train_indices: (M, h, w), the code maps of the training images.
+        real_indices: (N, h, w), the code maps of the held-out images.
         progress: called with the number of images that were compared since the last call, 3 N in all.
     Returns:
         the figures, and the NUM_PAIRS closest pairs (2 * NUM_PAIRS, C, H, W) uint8: a sample, then the training image
@@ -49,11 +51,10 @@ def measure_memorisation(
         says that the first set lies closer. Errors and p-values take images as independent. Where many of
         them are by the same people, as in MNIST, true errors are larger.
     """
-    reference = unit_images(train_images).flatten(1)
     distances, rows = {}, {}
     for name, images in {"real": real, "reconstructions": reconstructions, "samples": samples.images}.items():
-        distance, rows[name] = nearest(unit_images(images).flatten(1), reference, progress)
-        distances[name] = distance / reference.shape[1] ** 0.5
+        distance, rows[name] = nearest(unit_vectors(images), train_images, unit_vectors, progress)
+        distances[name] = distance / images[0].numel() ** 0.5
     assert samples.indices is not None
     figures: dict[str, Any] = {
         "num_images": len(samples.images),
@@ -70,6 +71,9 @@ def measure_memorisation(
 
 
 def count_copies(indices: Tensor, train_indices: Tensor) -> int:
-    """How many of the maps (N, h, w) are among the training maps (M, h, w)."""
-    known = {code_map.tobytes() for code_map in train_indices.cpu().numpy()}
-    return sum(code_map.tobytes() in known for code_map in indices.cpu().numpy())
+    """How many of the maps (N, h, w) are among the training maps (M, h, w), of which there may be far more."""
+    maps = [code_map.tobytes() for code_map in indices.cpu().short().numpy()]
+    sought, found = set(maps), set()
+    for rows in in_batches(len(train_indices), AT_ONCE):
+        found |= sought & {code_map.tobytes() for code_map in train_indices[rows].cpu().short().numpy()}
+    return sum(code_map in found for code_map in maps)

@@ -12,6 +12,8 @@ import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
+from vqvae.compute import in_batches
+
 KID_NUM_SUBSETS = 50
 KID_SUBSET_SIZE = 1000  # at most; never more than half of a set
 NUM_HALVES = 20  # random halves that a standard error is taken over
@@ -19,6 +21,7 @@ NUM_FITS = 8  # of the extrapolation to infinity
 NUM_NEIGHBOURS = 5  # k of precision, recall, density and coverage
 NUM_EXTRAPOLATION_SIZES = 8
 ROWS_AT_ONCE = 1000  # rows of a distance matrix that are in memory at the same time
+REFERENCE_AT_ONCE = 2000  # its columns, where there may be any number of them
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -146,20 +149,29 @@ def prdc(real: Tensor, fake: Tensor, k: int = NUM_NEIGHBOURS) -> PRDC:
 
 
 def nearest(
-    vectors: Tensor, reference: Tensor, progress: Callable[[int], object] = lambda num_done: None
+    vectors: Tensor,
+    reference: Tensor,
+    to_vectors: Callable[[Tensor], Tensor],
+    progress: Callable[[int], object] = lambda num_done: None,
 ) -> tuple[Tensor, Tensor]:
-    """For each of the vectors (N, P), its nearest among the reference vectors (M, P).
+    """For each of the vectors (N, P), its nearest among the vectors of a reference, the first of several.
 
     Args:
+        reference: (M, ...), perhaps more than fit into memory as vectors.
+        to_vectors: some rows (m, ...) of the reference to vectors (m, P).
         progress: called with the number of vectors that are done since the last call.
     Returns:
         the Euclidean distances (N,), and the rows (N,) int64 of `reference` that they are to.
     """
-    found = []
-    for rows in vectors.split(ROWS_AT_ONCE):
-        found.append(torch.cdist(rows, reference).min(dim=1))
-        progress(len(rows))
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    distances, found = torch.full((len(vectors),), torch.inf), torch.zeros(len(vectors), dtype=torch.int64)
+    for rows in in_batches(len(vectors), ROWS_AT_ONCE):
+        for piece in in_batches(len(reference), REFERENCE_AT_ONCE):
+            least = torch.cdist(vectors[rows], to_vectors(reference[piece])).min(dim=1)
+            closer = least.values < distances[rows]
+            distances[rows] = torch.where(closer, least.values, distances[rows])
+            found[rows] = torch.where(closer, least.indices + piece.start, found[rows])
+        progress(rows.stop - rows.start)
+    return distances, found
 
 
 def mann_whitney_p(a: Tensor, b: Tensor) -> float:

@@ -15,6 +15,7 @@ def plot_heat_maps(maps: dict[str, Tensor]) -> bytes:
     most = max(1e-9, *(float(nats.max()) for nats in maps.values()))
     for panel, (title, nats) in zip(panels, maps.items(), strict=True):
         image = panel.imshow(nats.numpy(), vmin=0, vmax=most, cmap="viridis")
+        panel.locator_params(integer=True)
         panel.set_title(f"{title}: {nats.mean():.2f}")
         for i, row in enumerate(nats.tolist()):
             for j, value in enumerate(row if nats.shape[1] <= WIDEST_WITH_NUMBERS else []):

@@ -78,12 +78,16 @@ class Picture(NamedTuple):
 
 
 def evaluate_and_report(
-    pair: Pair, classifier_file: Path, load_dataset: Callable[[DatasetInfo], Dataset], folder: Path, **options: Any
+    pair: Pair,
+    classifier_file: Path | None,
+    load_dataset: Callable[[DatasetInfo], Dataset],
+    folder: Path,
+    **options: Any,
 ) -> str:
     """Measure a pair, write the report into a folder, and return all tables as text.
 
     Args:
-        load_dataset: see `measure.evaluate_pair`.
+        classifier_file, load_dataset: see `measure.evaluate_pair`.
         options: split, num_samples, guidance, seed and accuracy_score of `measure.evaluate_pair`.
     Raises:
         InputError: an option is out of range, a file is missing or damaged, or the folder can't be written.
@@ -132,9 +136,10 @@ def _finite(value: Any) -> Any:
 
 
 def tables_as_text(evaluation: Evaluation) -> str:
-    """All tables for a terminal. Each names the classifier that its figures are taken with."""
-    classifier = evaluation.figures["origin"]["classifier"][:12]
-    tables = [f"\n{title} (classifier {classifier})\n{as_text(rows)}" for title, rows in tabulate(evaluation.figures)]
+    """All tables for a terminal. Each names the classifier that its figures are taken with, if there is one."""
+    classifier = evaluation.figures["origin"].get("classifier")
+    by = f" (classifier {classifier[:12]})" if classifier else ""
+    tables = [f"\n{title}{by}\n{as_text(rows)}" for title, rows in tabulate(evaluation.figures)]
     return "\n".join([*tables, "", *notes(evaluation.figures)])
 
 

@@ -135,3 +135,8 @@ def prior_samplers(
 def unit_images(images: Tensor) -> Tensor:
     """uint8 images as float32 in 0..1, rounded exactly as the model's output is."""
     return to_unit_range(to_model_range(images))
+
+
+def unit_vectors(images: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) as vectors (N, C H W) float32 in 0..1."""
+    return unit_images(images).flatten(1)

@@ -11,19 +11,24 @@ Table = tuple[str, Rows]  # a title, and its rows
 
 NOTE = (
     "FID and KID are in the features of the project's own classifier: they are not Inception figures and compare only "
-    "with figures of the same classifier."
+    "with figures of the same classifier. KID, which is unbiased, may be a little below 0; its error is that of sets "
+    f"of at most {KID_SUBSET_SIZE:,} images. After < stands what FID∞ is hardly above, where it cannot be told from 0."
 )
+NOTE_WITHOUT = "FID, KID, precision, recall, density, coverage and agreement with labels are left out, because {}."
+NO_CLASSES = "the images have no classes that a classifier could learn"
+NO_CLASSIFIER = "there was no classifier of these images and classes; train one on the same dataset and measure again"
 NOTE_ON_ERRORS = (
-    "After ± stands a standard error, for KID that of sets of at most "
-    f"{KID_SUBSET_SIZE:,} images. Errors and p-values take images as independent; where many of them are by the same "
-    "people, they are too small. KID, which is unbiased, may be a little below 0. After < stands what FID∞ is hardly "
-    "above, where it cannot be told from 0."
+    "After ± stands a standard error. Errors and p-values take images as independent; where many of them are by the "
+    "same people or otherwise belong together, they are too small."
 )
 FEW = 5000  # images in a set
 NOTE_ON_FEW = (
-    f"The sets have fewer than {FEW:,} images each, too few for most figures to mean much. FID is too high, and "
-    "compares only with that of as many images; FID∞ is left out where there are fewer than four images for each "
-    "feature; a small p-value may be chance."
+    f"The sets have fewer than {FEW:,} images each, too few for most figures to mean much; a small p-value may be "
+    "chance."
+)
+NOTE_ON_FEW_FEATURES = (
+    "FID is too high, and compares only with that of as many images; FID∞ is left out where there are fewer than four "
+    "images for each feature."
 )
 STAGE_ONE = {
     "images": "{num_images}",
@@ -51,8 +56,10 @@ WITHOUT_LABEL = {
 
 def tabulate(figures: dict[str, Any]) -> list[Table]:
     """The figures of an evaluation as tables, the most important first."""
-    num = figures["origin"]["num_samples"]
-    tables = [(f"Sets of {num:,} images against as many training images", _sets(figures["rows"]))]
+    tables = []
+    if figures["rows"]:
+        num = figures["origin"]["num_samples"]
+        tables.append((f"Sets of {num:,} images against as many training images", _sets(figures["rows"])))
     if "classification_accuracy_score" in figures:
         score = figures["classification_accuracy_score"]
         sources = {"samples": score["samples"], "as many real images": score["real"]}
@@ -70,7 +77,7 @@ def tabulate(figures: dict[str, Any]) -> list[Table]:
         title = "Held-out maps, label unknown to the prior"
         tables.append((title, _formatted(WITHOUT_LABEL, figures["without_label"])))
     tables.append(("Memorisation", _memorisation(figures["memorisation"])))
-    if figures["class_names"]:
+    if figures["rows"]:
         tables += [
             ("Agreement with the label, by class", _agreement(figures["rows"], figures["class_names"])),
             ("What the classifier takes them for", _predicted(figures["rows"], figures["class_names"])),
@@ -85,8 +92,11 @@ def describe_origin(figures: dict[str, Any]) -> list[str]:
 
 def notes(figures: dict[str, Any]) -> list[str]:
     """What a reader of the tables has to know."""
-    always = [NOTE, NOTE_ON_ERRORS]
-    return [*always, NOTE_ON_FEW] if figures["origin"]["num_samples"] < FEW else always
+    is_few = figures["origin"]["num_samples"] < FEW
+    if not figures["rows"]:
+        without = NOTE_WITHOUT.format(NO_CLASSIFIER if figures["class_names"] else NO_CLASSES)
+        return [without, NOTE_ON_ERRORS, *[NOTE_ON_FEW] * is_few]
+    return [NOTE, NOTE_ON_ERRORS, *[NOTE_ON_FEW, NOTE_ON_FEW_FEATURES] * is_few]
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
@@ -98,7 +108,7 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     """Cells as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 

@@ -15,7 +15,7 @@ from tests.helpers import CPU, make_info, make_prior, make_vqvae, random_maps, s
 from vqvae.errors import InputError
 from vqvae.model import load_vqvae
 
-SHAPES = [(7, 7), (1, 7), (7, 1), (4, 6), (6, 4), (1, 10), (10, 1)]
+SHAPES = [(7, 7), (1, 7), (7, 1), (4, 6), (6, 4), (1, 10), (10, 1), (8, 8)]
 TINY = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (1, 3), (3, 1)]
 
 
@@ -120,6 +120,19 @@ def test_no_labels_stand_for_no_label_and_unknown_labels_codes_and_shapes_are_er
         network(torch.full((1, 2, 3), network.num_codes))
     with pytest.raises(ValueError, match=r"expected maps of shape \(2, 3\), found \(3, 2\)"):
         network(maps.transpose(1, 2))
+
+
+@pytest.mark.parametrize("map_shape", [(16, 16), (3, 5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.5), (torch.float16, 0.05)])
+@torch.no_grad()
+def test_the_logits_of_every_type_are_those_of_float64(
+    dtype: torch.dtype, tolerance: float, map_shape: tuple[int, int]
+) -> None:
+    network, labels = make_prior(map_shape, num_codes=5), torch.arange(4)
+    maps = random_maps(4, network)
+    exact, found = network.double()(maps, labels), network.to(dtype)(maps, labels)
+    assert (found.dtype, found.shape) == (dtype, (4, 5, *map_shape))
+    assert (found.double() - exact).abs().mean() < tolerance * exact.std()
 
 
 def fit(network: GatedPixelCNN, batches: list[Tensor], lr: float) -> None:

@@ -13,9 +13,12 @@ from vqvae.quantizer import VectorQuantizer
 from vqvae.train import VQVAETraining, loss_terms
 
 
-def make_varied(learning: str = "ema", image_shape: tuple[int, int, int] = (1, 28, 28)) -> tuple[VQVAE, torch.Tensor]:
+def make_varied(
+    learning: str = "ema", image_shape: tuple[int, int, int] = (1, 28, 28), downsampling: int = 4
+) -> tuple[VQVAE, torch.Tensor]:
     """A model whose codes are latents and whose residual blocks do something, and 16 images in -1..1."""
-    model, x = make_vqvae(image_shape, codebook_learning=learning), to_model_range(make_split(16, image_shape).images)
+    model = make_vqvae(image_shape, codebook_learning=learning, downsampling=downsampling)
+    x = to_model_range(make_split(16, image_shape).images)
     for block in (module for module in model.modules() if isinstance(module, ResidualBlock)):
         torch.nn.init.normal_(block[-1].weight, std=0.3)
     model.quantizer.codebook.data.copy_(model.encode_continuous(x)[:, :, 0, 0])
@@ -34,22 +37,28 @@ def test_decoding_the_codes_of_an_image_gives_its_reconstruction_alone_and_in_an
     assert_close(torch.cat([each.x_hat for each in alone]), out.x_hat, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("image_shape", [(1, 4, 4), (1, 28, 28), (3, 32, 32), (1, 20, 36)])
-def test_the_shapes_follow_from_the_images(image_shape: tuple[int, int, int]) -> None:
-    model, x = make_varied(image_shape=image_shape)
+@pytest.mark.parametrize(
+    ("image_shape", "downsampling"),
+    [((1, 4, 4), 4), ((1, 28, 28), 4), ((1, 20, 36), 4), ((3, 64, 64), 4), ((3, 64, 64), 8), ((1, 8, 40), 8)],
+)
+def test_the_shapes_follow_from_the_images_and_the_downsampling(
+    image_shape: tuple[int, int, int], downsampling: int
+) -> None:
+    model, x = make_varied(image_shape=image_shape, downsampling=downsampling)
     out = model(x)
     assert model.image_shape == image_shape
-    assert model.map_shape == (image_shape[1] // 4, image_shape[2] // 4) == out.indices.shape[1:]
+    assert model.map_shape == tuple(side // downsampling for side in image_shape[1:]) == out.indices.shape[1:]
     assert (out.x_hat.shape, out.x_hat.dtype, out.indices.dtype) == (x.shape, torch.float32, torch.int64)
     assert out.z_e.shape == out.z_q.shape == (16, 4, *model.map_shape)
 
 
 @both_ways
+@pytest.mark.parametrize(("image_shape", "downsampling"), [((1, 28, 28), 4), ((3, 24, 40), 8)])
 @pytest.mark.parametrize(("dtype", "others"), [(torch.float64, 0.0), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_the_model_works_in_every_type_and_float64_gives_the_codes_of_float32(
-    learning: str, dtype: torch.dtype, others: float
+    learning: str, dtype: torch.dtype, others: float, image_shape: tuple[int, int, int], downsampling: int
 ) -> None:
-    model, x = make_varied(learning)
+    model, x = make_varied(learning, image_shape, downsampling)
     expected = model.encode(x)
     model.to(dtype)
     for mode, images in ((False, x.to(dtype)), (False, x), (True, x.to(dtype))):  # the images follow the model
@@ -68,10 +77,23 @@ def test_bytes_are_not_taken_for_images_in_the_models_range() -> None:
         make_vqvae()(make_split(2).images)
 
 
-def test_a_side_that_4_does_not_divide_and_images_of_another_shape_are_refused() -> None:
-    for height, width in ((30, 28), (28, 27), (0, 32)):
-        with pytest.raises(InputError, match=f"height and width divide by 4, found {height}x{width}; resize"):
-            VQVAE(VQVAEConfig(), (1, height, width))
+@pytest.mark.parametrize(
+    ("downsampling", "side", "fitting"),
+    [(4, (30, 45), "28x44"), (4, (28, 27), "28x24"), (4, (0, 3), "4x4"), (8, (28, 64), "24x64"), (8, (7, 15), "8x8")],
+)
+def test_a_side_that_the_network_cannot_take_is_refused_with_one_that_it_takes(
+    downsampling: int, side: tuple[int, int], fitting: str
+) -> None:
+    message = f"divide by {downsampling}, found {side[0]}x{side[1]}; try `image_size={fitting}`$"
+    with pytest.raises(InputError, match=message):
+        VQVAE(VQVAEConfig(downsampling=downsampling), (1, *side))
+    height, width = map(int, fitting.split("x"))
+    VQVAE(VQVAEConfig(downsampling=downsampling), (1, height, width))
+    with pytest.raises(InputError, match="expected `downsampling` to be 4 or 8, found 6; choose one of the two"):
+        VQVAEConfig(downsampling=6)
+
+
+def test_images_of_another_shape_are_refused() -> None:
     for shape in ((2, 1, 32, 32), (2, 3, 28, 28), (2, 28, 28)):
         for call in (make_vqvae().forward, make_vqvae().encode):
             with pytest.raises(ValueError, match=r"expected images of shape \(B, 1, 28, 28\), found \(2, "):
@@ -87,7 +109,7 @@ def test_a_fresh_residual_block_is_the_identity_and_a_trained_one_is_not() -> No
 
 
 def test_the_settings_reach_the_network() -> None:
-    assert VQVAEConfig() == VQVAEConfig(40, 512, 40, 2, 2, "gradient", 0.99)  # the baseline recipe
+    assert VQVAEConfig() == VQVAEConfig(40, 512, 40, 2, 2, "gradient", 0.99, 4)  # the baseline recipe
     assert VQVAETraining() == VQVAETraining(beta=1.0, clipped_loss=False, prediction_weight=0.0)
     model = VQVAE(VQVAEConfig(6, 10, 8, 3, 2, "ema", 0.7), (3, 8, 8))
     for part, num_blocks in ((model.encoder, 3), (model.decoder, 2)):

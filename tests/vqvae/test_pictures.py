@@ -45,3 +45,21 @@ def test_a_sheet_has_each_grid_under_its_title(tmp_path: Path) -> None:
         assert (titles[-1] > 200).mean() > 0.5
         top = row + len(whole)
     assert not np.array_equal(*titles)
+
+
+def test_names_stand_above_their_columns_where_all_are_short_enough_and_a_title_is_never_cut(tmp_path: Path) -> None:
+    images = make_split(6, (1, 20, 30)).images / 255
+
+    def drawn(*heads: str, title: str = "title") -> np.ndarray:
+        save_sheet([(title, images)] * 2, tmp_path / "sheet.png", columns=3, heads=heads)
+        return read(tmp_path / "sheet.png")[..., 0]
+
+    plain, named = drawn(), drawn("cat", "", "dog")
+    assert np.array_equal(drawn("cat", "w" * 30, "dog"), plain)
+    assert named.shape == (plain.shape[0] + 20, plain.shape[1])
+    assert np.array_equal(np.delete(named, range(30, 50), axis=0), plain)
+    has_text = [(named[30:50, 14 + 64 * column :][:, :64] < 60).any() for column in range(3)]
+    assert has_text == [True, False, True]
+    wide = drawn(title="a title that is wider than the three images below it")
+    assert wide.shape[1] > plain.shape[1]
+    assert (wide[:, -12:] > 200).all()

@@ -103,6 +103,16 @@ def read_header(path: Path, stage: str) -> Header:
         return header
 
 
+def read_shapes(path: Path, stage: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a stage's checkpoint, by name. The weights are not read.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    with _open(path, stage) as (_, file):
+        return {name: tuple(map(int, shape)) for name, (_, shape) in file.found.items()}
+
+
 def load(path: Path, stage: str, build: Callable[[Header], Model]) -> tuple[Model, Header]:
     """The model that `build` makes from a checkpoint's header, with its weights, on the CPU; and the header.
 

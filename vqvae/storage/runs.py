@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
 from itertools import islice
@@ -87,9 +87,9 @@ def find_vqvae(given: Path | None) -> Path:
     return given or _newest("vqvae")
 
 
-def find_classifier(given: Path | None) -> Path:
-    """The given classifier checkpoint, or else the user's newest, or else the shipped one."""
-    return given or _newest("classifier")
+def find_classifier(given: Path | None, fits: Callable[[Header], bool]) -> Path | None:
+    """The given classifier checkpoint, or else the user's newest that fits, or else the shipped one if that fits."""
+    return given or next((path for path, header in _readable("classifier") if fits(header)), None)
 
 
 def find_pair(vqvae: Path | None, prior: Path | None) -> tuple[Path, Path]:

@@ -15,8 +15,8 @@ from prior.evaluation.classifier import Classifier, ClassifierConfig, load_class
 from prior.evaluation.classifier_training import ClassifierTask, ClassifierTraining, augment
 from tests.helpers import CPU, FIXTURE, make_info, make_split, mnist
 from tests.prior.evaluation.test_classifier import make_classifier
-from vqvae.data.dataset import Deformation, Split, digest
-from vqvae.data.mnist import DIGITS
+from vqvae.data.dataset import ANY_KIND, Deformation, Split, digest
+from vqvae.data.mnist import HANDWRITING
 from vqvae.data.pixels import to_model_range
 from vqvae.errors import InputError
 
@@ -28,7 +28,7 @@ def test_each_image_is_rotated_scaled_and_shifted_by_its_own_draws_before_the_ba
     for ramp in (x, y):
         torch.manual_seed(1)  # the same draws for both
         places.append(
-            augment(ramp.expand(2000, 1, 28, 28), DIGITS)[:, 0, 9:19, 9:19].flatten(1)
+            augment(ramp.expand(2000, 1, 28, 28), HANDWRITING)[:, 0, 9:19, 9:19].flatten(1)
         )  # far from the outside
     pixels = torch.stack([x[9:19, 9:19].flatten(), y[9:19, 9:19].flatten(), torch.ones(100)], dim=1)
     fitted = torch.linalg.lstsq(pixels.expand(2000, 100, 3), torch.stack(places, dim=2)).solution  # (2000, 3, 2)
@@ -40,26 +40,34 @@ def test_each_image_is_rotated_scaled_and_shifted_by_its_own_draws_before_the_ba
         assert 0.98 * most < min(values.max(), -values.min()) < np.abs(values).max() < most + 1e-4
         assert np.mean(np.abs(values) < most / 2) == pytest.approx(0.5, abs=0.05)  # evenly
     np.testing.assert_allclose(np.corrcoef(drawn), np.eye(4), atol=0.1)  # independently
-    white = augment(torch.ones(300, 3, 20, 36), DIGITS)  # what comes in from outside is the background
+    white = augment(torch.ones(300, 3, 20, 36), HANDWRITING)  # what comes in from outside is the background
     assert (white.shape, white.min(), white.max()) == ((300, 3, 20, 36), -1, pytest.approx(1, abs=1e-5))
-    assert (augment(-torch.ones(300, 3, 20, 36), DIGITS) == -1).all()
-    mirrored = augment(x.expand(2000, 1, 28, 28), Deformation(scaling=0, shift=0, flips=True))[:, 0]
-    turned = (mirrored - x.flip(1)).abs().amax(dim=(1, 2)) < 1e-5
-    assert turned.double().mean().item() == pytest.approx(0.5, abs=0.05)
-    torch.testing.assert_close(mirrored[~turned], x.expand(int((~turned).sum()), 28, 28), atol=1e-5, rtol=0)
+    assert (augment(-torch.ones(300, 3, 20, 36), HANDWRITING) == -1).all()
+
+
+def test_half_of_the_images_are_mirrored_where_the_dataset_allows_it_and_none_elsewhere() -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 8, 12) * 2 - 1
+    still = Deformation(rotation=0, scaling=0, shift=0)
+    found = augment(image.expand(400, -1, -1, -1), still._replace(flips=True))
+    is_mirrored, is_same = ((found - other).abs().amax(dim=(1, 2, 3)) < 1e-5 for other in (image.flip(3), image))
+    assert (is_mirrored ^ is_same).all()
+    assert is_mirrored.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    torch.testing.assert_close(augment(image, still), image, atol=1e-5, rtol=0)
+    assert not ANY_KIND.flips  # a mirrored letter is none
 
 
 def test_the_loss_augments_images_and_the_figures_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "EVALUATION_BATCH", 22)  # and then one more image, which weighs as much as any
     monkeypatch.setattr(training, "augment", lambda x, deformation: -x)  # stands in, and shows that it was asked
     model, split = make_classifier(), make_split(23)
-    task, x = ClassifierTask(model, split, split, DIGITS), split.images.float() / 127.5 - 1
+    task, x = ClassifierTask(model, split, split, ANY_KIND), split.images.float() / 127.5 - 1
     wrong = (model(x).argmax(dim=1) != split.labels).double().mean().item()
     plain, augmented = (F.cross_entropy(model(images), split.labels).item() for images in (x, -x))
     expected = pytest.approx({"cross_entropy": plain, "error": wrong}, abs=1e-5)
     model.train()
     assert (task.evaluate(), model.training) == (expected, True)  # it is evaluated in eval mode all the same
-    losses = ClassifierTask(model.eval(), split, split, DIGITS).loss(*task.data)
+    losses = ClassifierTask(model.eval(), split, split, ANY_KIND).loss(*task.data)
     assert (list(losses), losses["cross_entropy"].item()) == (["cross_entropy"], pytest.approx(augmented, abs=1e-5))
     losses["cross_entropy"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -97,7 +105,7 @@ def test_training_on_labelled_images_is_worth_what_their_labels_are(monkeypatch:
     def score(labels: Tensor) -> float:
         torch.rand(17)
         settings, split = ClassifierTraining(batch_size=32, num_epochs=5), Split(data.train.images, labels)
-        return training.accuracy_after_training_on(split, data.load_test(), data.info, settings, DIGITS, 1, CPU)
+        return training.accuracy_after_training_on(split, data.load_test(), data.info, settings, HANDWRITING, 1, CPU)
 
     monkeypatch.setattr(training, "ClassifierConfig", lambda: ClassifierConfig(width=8))
     data = mnist()
@@ -109,12 +117,13 @@ def test_the_loop_gets_the_seed_and_what_it_may_see(tmp_path: Path, monkeypatch:
     calls, graphs, given = [], [], []
     monkeypatch.setattr(training, "fit", lambda task, _, run: (calls.append((task, run)), task.save_best({})))
     monkeypatch.setattr(training, "run_lock", lambda *arguments: (given.append(arguments), nullcontext())[1])
-    monkeypatch.setattr(training, "load_dataset", lambda *arguments, **_: (given.append(arguments), mnist())[1])
+    load = lambda *arguments, **options: (given.append((*arguments, options)), mnist())[1]  # noqa: E731
+    monkeypatch.setattr(training, "load_dataset", load)
     train(tmp_path, 2, seed=7, resume=True, overwrite=True)
     split, info = make_split(600, (3, 32, 32), 3), make_info((3, 32, 32), 3)
-    training.accuracy_after_training_on(split, split.first(6), info, ClassifierTraining(), DIGITS, 8, CPU)
+    training.accuracy_after_training_on(split, split.first(6), info, ClassifierTraining(), ANY_KIND, 8, CPU)
     (saved, run), (watched, other) = calls
-    assert given == [("mnist", FIXTURE), (tmp_path, "classifier", True, True)]
+    assert given == [("mnist", FIXTURE, {"image_size": None, "download": False}), (tmp_path, "classifier", True, True)]
     assert (run.seed, run.resume, run.folder, other.seed) == (7, True, tmp_path / "classifier", 8)
     assert run.settings.items() >= {"num_epochs": 2, "seed": 7, "width": 4, "data": digest(mnist().train)}.items()
     assert (watched.model.config, other.folder) == (ClassifierConfig(), None)  # only the accuracy is kept
@@ -131,11 +140,12 @@ def test_the_loop_gets_the_seed_and_what_it_may_see(tmp_path: Path, monkeypatch:
 
 
 def test_what_cannot_be_trained_is_refused_before_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_info(num_classes=1)
     with pytest.raises(InputError, match="at least 2 classes to train a classifier on, found 1 in"):
-        training.accuracy_after_training_on(*[make_split(4)] * 2, made, ClassifierTraining(), DIGITS, 0, CPU)
+        training.accuracy_after_training_on(
+            *[make_split(4)] * 2, make_info(num_classes=1), ClassifierTraining(), ANY_KIND, 0, CPU
+        )
     monkeypatch.setattr("vqvae.distributed.world_size", lambda: 2)
-    monkeypatch.setattr(training, "load_dataset", lambda *_, **options: pytest.fail("read the data"))
+    monkeypatch.setattr(training, "load_dataset", lambda *_, **__: pytest.fail("read the data"))
     for refused in (lambda: train(tmp_path, 1), lambda: training.require_trainable(make_info())):
         with pytest.raises(InputError, match="expected one process for a classifier, found 2"):
             refused()

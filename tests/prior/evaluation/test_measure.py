@@ -111,9 +111,12 @@ class Bar:
         self.n, self.moves = self.n + num, self.moves + (num > 0)
 
 
-@pytest.mark.parametrize(("num_classes", "last", "guidance"), [(3, "test", 2), (0, "test", 2), (26, "validation", 1)])
+@pytest.mark.parametrize(
+    ("num_classes", "last", "guidance", "with_classifier"),
+    [(3, "test", 2, True), (3, "test", 2, False), (0, "test", 2, False), (26, "validation", 1, True)],
+)
 def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
-    num_classes: int, last: str, guidance: float, monkeypatch: pytest.MonkeyPatch
+    num_classes: int, last: str, guidance: float, with_classifier: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (vqvae, prior, model), info, splits = setting(num_classes)
     splits = {name: splits[name] for name in ("train", "validation", last)}
@@ -123,13 +126,13 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
         watched.setattr(measure, "progress", Bar)
         watched.setattr(figures, "progress", Bar)
         watched.setattr(figures, "AT_ONCE", 40)
-        watched.setattr("prior.codes.AT_ONCE", 40)
         watched.setattr(metrics, "ROWS_AT_ONCE", 40)
         Bar.bars.clear()
-        found = measure.evaluate(*models, info, splits, num_samples=101, guidance=guidance, seed=seed)
+        given = model if with_classifier else None
+        found = measure.evaluate(vqvae, prior, given, info, splits, num_samples=101, guidance=guidance, seed=seed)
     assert [bar.n for bar in Bar.bars] == [bar.total for bar in Bar.bars]
     assert min(bar.moves for bar in Bar.bars) >= 2  # each long part moves its own
-    assert len(Bar.bars) == (7 if num_classes else 6)
+    assert len(Bar.bars) == 5 + (num_classes > 0) + with_classifier
     assert all(module.training for module in models.modules())
     assert torch.equal(torch.get_rng_state(), state)
     models.eval()
@@ -150,7 +153,7 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
     expected = {
         "origin": {"split": last, "num_samples": 101, "seed": seed, "guidance": guidance},
         "class_names": list(info.class_names),
-        "rows": [figures.measure_set(s, model, features, info, seed) for s in expected_sets],
+        "rows": [figures.measure_set(s, model, features, info, seed) for s in expected_sets if with_classifier],
         "stage_one": evaluate_vqvae(vqvae, test, VQVAETraining()) | {"num_images": 101},
         "likelihood": figures.measure_likelihood(prior, codes, all_codes),
         "memorisation": copies,
@@ -170,7 +173,7 @@ def test_data_that_is_all_the_same_gives_a_whole_report_without_a_warning(
     equal: str, num_classes: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (vqvae, prior, _), info, splits = setting(num_classes)
-    model = make_classifier(info.image_shape, num_classes or 2)
+    model = make_classifier(info.image_shape, num_classes) if num_classes else None
     if equal == "images":
         splits = {name: Split(split.images * 0 + 7, split.labels) for name, split in splits.items()}
     if equal == "labels":
@@ -178,7 +181,7 @@ def test_data_that_is_all_the_same_gives_a_whole_report_without_a_warning(
     if equal == "codes":  # a codebook that has collapsed
         vqvae.quantizer.codebook[1:] += 100
     found = measure.evaluate(vqvae, prior, model, info, splits, num_samples=100, seed=0)
-    found.figures["origin"]["classifier"] = "0" * 64
+    found.figures["origin"] |= {"classifier": "0" * 64} if num_classes else {}
     report.write_report(found, tmp_path)
     text = report.tables_as_text(found)
     assert not re.search(r"\bnan\b|\binf\b|± 0\.0+\b", text)
@@ -215,21 +218,24 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(measure, "accuracy_after_training_on", lambda *given: scored.append(given) or len(scored))
     saved: list[int] = []  # how many classifiers were trained before the other figures were saved
     options = {"seed": 5, "save": lambda evaluation: saved.append(len(scored))}
-    result = measure.evaluate_pair(pair, file, lambda _: data, accuracy_score=True, **options).figures
+    result = measure.evaluate_pair(pair, file, lambda info: data, accuracy_score=True, **options).figures
     prints = {"vqvae": pair.vqvae_header, "prior": pair.prior_header, "classifier": header}
     assert result["origin"] == {stage: part.fingerprint for stage, part in prints.items()}
     assert (result["classification_accuracy_score"], saved) == ({"samples": 1, "real": 2}, [0])
     for source, (split, measured, _, *rest) in zip((make_split(100), data.train), scored, strict=True):
         assert all(map(torch.equal, split, source.first(100)))  # as many of both
         assert (len(measured.labels), *rest) == (120, ClassifierTraining(), data.deformation, 5, helpers.CPU)
-    measure.evaluate_pair(pair, file, lambda _: unread, split="validation", num_samples=107, guidance=3, seed=2)
+    result = measure.evaluate_pair(pair, None, lambda info: data, seed=5).figures
+    assert result["origin"].keys() == {"vqvae", "prior"}
+    del calls[1]
+    measure.evaluate_pair(pair, file, lambda info: unread, split="validation", num_samples=107, guidance=3, seed=2)
     assert calls == [
         (["train", "validation", "test"], {"num_samples": 120, "seed": 5, "guidance": GUIDANCE}),
         (["train", "validation"], {"num_samples": 107, "seed": 2, "guidance": 3}),
     ]
     other = replace(unread, info=make_info(num_classes=0))
     with pytest.raises(InputError, match="like those of made"):
-        measure.evaluate_pair(pair, file, lambda _: other)
+        measure.evaluate_pair(pair, file, lambda info: other)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,15 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
         ({"num_samples": 99}, "`num_samples` of at least 100, found 99"),
         ({"classifier_file": "missing"}, "missing, found none"),
         ({"classifier_file": "vqvae.safetensors"}, "of stage 'vqvae'"),
-        ({"classifier_file": "other.safetensors"}, "10 classes, found one of 3; .*with `train_classifier"),
+        (
+            {"classifier_file": "other.safetensors"},
+            "10 classes of made, found .* 3 classes of made; .*`train_classifier",
+        ),
+        (
+            {"classifier_file": "renamed.safetensors"},
+            "10 classes of made, found .* 10 classes of renamed; train one on",
+        ),
+        ({"pair": 0}, "no `classifier` for the images of made, which have no classes"),
         ({"classifier_file": "wide.safetensors"}, "a classifier of images .*with `train_classifier"),
         ({"accuracy_score": True, "pair": 0}, "at least 2 classes"),
         ({"folder": "file"}, "expected to write .*metrics.json"),
@@ -255,11 +269,13 @@ def test_whatever_can_be_refused_is_refused_before_data_is_loaded_or_a_folder_ma
     for name, shape, num in (("c", SHAPES[10], 10), ("other", SHAPES[10], 3), ("wide", SHAPES[26], 10)):
         model = make_classifier(shape, num)
         helpers.save_model(tmp_path / f"{name}.safetensors", model, "classifier", make_info(shape, num))
+    renamed = replace(make_info(), name="renamed", class_names=tuple("abcdefghij"))  # as many classes, but others
+    helpers.save_model(tmp_path / "renamed.safetensors", make_classifier(), "classifier", renamed)
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "report.html").mkdir(parents=True)
     given = {"pair": 10, "classifier_file": "c.safetensors", "folder": "new/folder"} | mistake
     pair, files = pairs[given.pop("pair")], sorted(tmp_path.rglob("*"))
     paths = {name: tmp_path / given.pop(name) for name in ("classifier_file", "folder")}
     with pytest.raises(InputError, match=message):
-        report.evaluate_and_report(pair, load_dataset=lambda _: pytest.fail("loaded"), **paths, **given)
+        report.evaluate_and_report(pair, load_dataset=lambda: pytest.fail("loaded"), **paths, **given)
     assert sorted(tmp_path.rglob("*")) == files

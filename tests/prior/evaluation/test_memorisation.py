@@ -5,7 +5,7 @@ import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from prior.evaluation import metrics
+from prior.evaluation import memorisation, metrics
 from prior.evaluation.memorisation import measure_memorisation
 from prior.evaluation.sets import ImageSet
 from tests.helpers import make_prior, make_split, random_maps
@@ -22,6 +22,8 @@ def measure(samples: Tensor, indices: Tensor = MAPS) -> tuple[dict[str, Any], Te
 
 def test_distances_p_values_and_the_closest_pairs_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_AT_ONCE", 9)
+    monkeypatch.setattr(metrics, "REFERENCE_AT_ONCE", 40)
+    monkeypatch.setattr(memorisation, "AT_ONCE", 40)
     found, pairs = measure(SAMPLES)
     sets = {"real": REAL, "reconstructions": SMOOTH, "samples": SAMPLES}
     distances = {name: all_distances(images, TRAIN) / 255 / 60**0.5 for name, images in sets.items()}  # rms in 0..1
@@ -47,3 +49,14 @@ def test_copied_images_and_maps_are_found_out_and_held_out_images_are_not_accuse
     assert copied["copied_maps_real"] == 7
     assert max(copied["p_closer_than_real"], copied["p_closer_than_reconstructions"]) < 1e-6
     assert honest["p_closer_than_real"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_of_the_training_images_a_few_are_converted_at_once_and_equal_ones_give_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics, "REFERENCE_AT_ONCE", 40)
+    sizes: list[int] = []
+    reference = torch.cat([TRAIN, TRAIN])
+    found = metrics.nearest(TRAIN.flatten(1).float(), reference, lambda x: sizes.append(len(x)) or x.flatten(1).float())
+    assert torch.equal(found[1], torch.arange(90))
+    assert (max(sizes), sum(sizes)) == (40, 180)

@@ -18,7 +18,8 @@ from prior.sampling import draw_labels
 from tests.helpers import make_info, make_prior, make_split, make_vqvae, random_maps
 from vqvae.codec import encode_images
 from vqvae.compute import derive_seed
-from vqvae.data.dataset import Split
+from vqvae.data.dataset import Split, require_same_kind
+from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 
 
@@ -83,6 +84,10 @@ def test_real_images_have_labels_where_there_are_classes_and_others_than_were_le
     assert (found.images is split.images, found.labels is split.labels, found.indices) == (True, True, None)
     assert real_images(split, make_info(num_classes=0)).labels is None
     assert torch.equal(unit_images(values), ((values.float() / 127.5 - 1) + 1) / 2)  # rounded as the model's are
+    require_same_kind(make_info(), make_info())
+    for other in (make_info((1, 28, 32)), make_info(num_classes=3)):
+        with pytest.raises(InputError, match=r"images and classes like those of made, .*, found those of made"):
+            require_same_kind(make_info(), other)
 
 
 def test_the_images_to_measure_are_spread_over_the_whole_split_and_in_order() -> None:

@@ -6,6 +6,7 @@ from prior.evaluation.tables import (
     NOTE,
     NOTE_ON_ERRORS,
     NOTE_ON_FEW,
+    NOTE_ON_FEW_FEATURES,
     as_markdown,
     as_text,
     describe_origin,
@@ -80,14 +81,21 @@ def test_the_tables_show_each_figure_under_its_head_and_the_notes_say_where_sets
     assert "\n".join("\n".join([title, *map("|".join, rows)]) for title, rows in tabulate(figures)) == TABLES
     titles = [line for line in TABLES.splitlines() if "|" not in line and line[0].isupper()]
     del figures["without_label"], figures["classification_accuracy_score"]
-    assert [title for title, _ in tabulate(figures | {"class_names": []})] == [titles[n] for n in (0, 2, 3, 5)]
-    always = [NOTE, NOTE_ON_ERRORS]
-    for num, expected in ((12, [*always, NOTE_ON_FEW]), (4999, [*always, NOTE_ON_FEW]), (5000, always)):
-        assert notes({"origin": {"num_samples": num}}) == expected
+    without: dict[str, Any] = {"rows": []}  # without a classifier
+    assert [title for title, _ in tabulate(figures)] == [titles[n] for n in (0, 2, 3, 5, 6, 7)]
+    assert [title for title, _ in tabulate(figures | without)] == [titles[n] for n in (2, 3, 5)]
+    always, few = [NOTE, NOTE_ON_ERRORS], [NOTE_ON_FEW, NOTE_ON_FEW_FEATURES]
+    for num, expected in ((12, [*always, *few]), (4999, [*always, *few]), (5000, always)):
+        assert notes(figures | {"origin": {"num_samples": num}}) == expected
+    for names, reason in ((["a"], "train one on the same dataset"), ([], "images have no classes")):
+        first, *others = notes(figures | without | {"class_names": names})
+        assert reason in first
+        assert ("left out" in first, others) == (True, [NOTE_ON_ERRORS, NOTE_ON_FEW])
     assert "fewer than 5,000 images" in NOTE_ON_FEW
     assert describe_origin(make_figures())[:2] == ["split: test", "num samples: 12"]
     assert as_text([["set", "a"], ["long name", "b"], ["x", ""]]) == "set        a\nlong name  b\nx"
     assert as_markdown([["set", "a", "b"], ["real", "1", ""]]) == "| set | a | b |\n|---|---|---|\n| real | 1 |  |"
+    assert as_markdown([["a|b", "c"]]).startswith("| a\\|b | c |\n|---|---|")
 
 
 @pytest.mark.parametrize(

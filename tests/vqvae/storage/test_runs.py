@@ -175,17 +175,28 @@ def test_a_file_system_without_locks_costs_a_remark(
         assert capsys.readouterr().err == f"{MINE} cannot be locked; see that no other process trains there\n"
 
 
-@pytest.mark.parametrize(("stage", "find"), [("vqvae", find_vqvae), ("classifier", find_classifier)])
-def test_the_named_file_comes_first_then_the_users_newest_then_the_shipped_one(stage: str, find: Any) -> None:
-    shipped = Path.cwd() / SHIPPED / f"{stage}.safetensors"
-    assert find(None) == shipped  # if it is not there, its reader says so
-    write("pretrained", stage)
+def test_the_named_file_comes_first_then_the_users_newest_then_the_shipped_one() -> None:
+    shipped = Path.cwd() / SHIPPED / "vqvae.safetensors"
+    assert find_vqvae(None) == shipped  # if it is not there, its reader says so
+    write("pretrained", "vqvae")
     write("a", "prior")
-    assert find(None) == shipped
+    assert find_vqvae(None) == shipped
     for name, age_s in (("a", 20), ("b", 10), ("c", 30)):
-        write(name, stage, age_s)
-    assert find(None) == runs.RUNS / "b" / f"{stage}.safetensors"
-    assert find(Path("elsewhere/x.safetensors")) == Path("elsewhere/x.safetensors")
+        write(name, "vqvae", age_s)
+    assert find_vqvae(None) == runs.RUNS / "b" / "vqvae.safetensors"
+    assert find_vqvae(Path("elsewhere/x.safetensors")) == Path("elsewhere/x.safetensors")
+
+
+def test_of_the_classifiers_that_fit_the_users_newest_is_found_then_the_shipped_one_or_none() -> None:
+    def found(*misfits: Path) -> Path | None:
+        unwanted = [checkpoint.read_header(path, "classifier").fingerprint for path in misfits]
+        return find_classifier(None, lambda header: header.fingerprint not in unwanted)
+
+    assert found() is None
+    shipped = write("pretrained", "classifier").resolve()
+    old, new = (write(name, "classifier", age_s, seed=age_s) for name, age_s in (("a", 20), ("b", 10)))
+    assert [found(), found(new), found(old, new), found(old, new, shipped)] == [new, old, shipped, None]
+    assert find_classifier(Path("elsewhere"), lambda header: False) == Path("elsewhere")
 
 
 def test_a_prior_is_found_with_the_vqvae_that_it_was_trained_on_or_not_at_all() -> None:
