@@ -92,7 +92,7 @@ def test_train_and_test_are_the_sets_own_splits(
 
 def test_one_image_in_colour_makes_all_rgb_and_a_size_makes_all_alike(tmp_path: Path) -> None:
     path = make_folder(tmp_path / "mixed", [f"{i}.png" for i in range(9)])
-    noise(path / "colour.jpg", (40, 30), "RGB")
+    noise(path / "0 first.jpg", (40, 30), "RGB")
     dataset = load(path, image_size="4x8")
     assert dataset.info.image_shape == (3, 4, 8)
     expected = {read_image(file, 3, (4, 8)).numpy().tobytes() for file in path.iterdir()}
