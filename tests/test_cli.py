@@ -300,7 +300,7 @@ def test_the_flags_of_sample_compare_and_evaluate_reach_their_functions_with_one
     given = "--guidance 3 --temperature 0.5 --top-k 9 --top-p 0.7"
     for options, expected in (("", [GUIDANCE, None, None, None]), (given, [3.0, 0.5, 9, 0.7])):
         for labels in ("", "--label 3", "--labels 0-9"):
-            _, found = arguments_of("prior.pair.sample_codes", f"sample --mode pixelcnn {labels} {options}")
+            _, found = arguments_of("prior.maps.sample_codes", f"sample --mode pixelcnn {labels} {options}")
             assert [found[name] for name in ("guidance", "temperature", "top_k", "top_p")] == expected
     for options, given in (("", (None, 0)), ("--num-samples 20 --seed 7", (20, 7))):
         (found, _), named = arguments_of("prior.evaluation.comparison.compare_modes", f"compare {options}")

@@ -6,8 +6,7 @@ No images at all are one empty batch, so that the result has its shape and its t
 import torch
 from torch import Tensor
 
-from vqvae.compute import eval_mode, in_batches, require_whole
-from vqvae.data.dataset import Split
+from vqvae.compute import eval_mode, in_batches
 from vqvae.data.pixels import to_model_range, to_unit_range
 from vqvae.model import VQVAE
 
@@ -39,19 +38,3 @@ def reconstruct_images(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
     `encode_images` takes them."""
     indices = encode_images(model, images)
     return indices, decode_images(model, indices)
-
-
-def reconstruct_split(model: VQVAE, split: Split, num_images: int) -> dict[str, Tensor]:
-    """The first images of a split, through stage one and back.
-
-    Returns:
-        `images` and `reconstructions` (N, C, S, T) in 0..1, `indices` (N, H, W) and `labels` (N,), on the CPU.
-    Raises:
-        InputError: there are not so many images.
-    """
-    most = len(split.labels)
-    num_images = require_whole("num_images", num_images, 1, most, f"try `num_images={most}`")
-    images, labels = split.first(num_images)
-    indices, reconstructions = reconstruct_images(model, images)
-    originals = to_unit_range(to_model_range(images))
-    return {"images": originals, "reconstructions": reconstructions, "indices": indices.cpu(), "labels": labels}

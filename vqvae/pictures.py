@@ -1,8 +1,10 @@
-"""Pictures of images: plain grids, and sheets of several grids with titles."""
+"""Pictures of images: grids, with captions or without, and sheets of several grids with titles."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +16,8 @@ from vqvae.storage.files import write_atomically
 PADDING = 2  # pixels between two images
 COLUMNS = 10
 GREY = 0.5
+LEAST_SIDE = 56  # of an image in a picture; a smaller one is enlarged
+CAPTION_HEIGHT, CAPTION_SIZE = 15, 11
 
 
 def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
@@ -31,30 +35,42 @@ def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
     return F.pad(picture, (0, PADDING, 0, PADDING), value=GREY).expand(3, -1, -1)
 
 
-def grid_png(images: Tensor) -> bytes:
-    """Images (N, C, H, W) in 0..1 as a grid in the PNG format."""
-    return _to_png(_to_image(grid(images)))
+def pairs(upper: Tensor, lower: Tensor) -> Tensor:
+    """Images (N, C, H, W) above others, in rows of a grid: (M, C, H, W), with grey ones where the last row ends."""
+    columns = min(len(upper), COLUMNS)
+    both = F.pad(torch.stack([upper, lower]), (0, 0, 0, 0, 0, 0, 0, -len(upper) % columns), value=GREY)
+    return rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write images (N, C, H, W) in 0..1 as a grid to a PNG file."""
-    write_atomically(path, grid_png(images))
+def grid_png(images: Tensor, columns: int = COLUMNS, captions: Sequence[str] = ()) -> bytes:
+    """Images (N, C, H, W) in 0..1 as a grid in the PNG format, large enough to look at.
+
+    Args:
+        columns: images in a row, where there are as many.
+        captions: one for each image, or none at all. Where all rows have the same, it stands above the first one only.
+    """
+    picture = _enlarged(images, columns)
+    if captions:
+        cell = [(side + PADDING) * _scale(images) for side in images.shape[2:]]
+        picture = _captioned(picture, captions, min(len(images), columns), *cell)
+    return _to_png(picture)
 
 
-def save_sheet(sections: list[tuple[str, Tensor]], path: Path, columns: int = COLUMNS, scale: int = 2) -> None:
+def save_grid(images: Tensor, path: Path, columns: int = COLUMNS, captions: Sequence[str] = ()) -> None:
+    """Write the grid of `grid_png` to a file."""
+    write_atomically(path, grid_png(images, columns, captions))
+
+
+def save_sheet(sections: list[tuple[str, Tensor]], path: Path, columns: int = COLUMNS) -> None:
     """Write several grids to one PNG file, one below the other, each under its title.
 
     Args:
         sections: (title, images (N, C, H, W) in 0..1) from top to bottom.
         columns: images in a row.
-        scale: how many times each grid is enlarged.
     """
     font = ImageFont.load_default(size=16)
     margin, title_height = 12, 30
-    pictures = []
-    for _, images in sections:
-        small = _to_image(grid(images, columns))
-        pictures.append(small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST))
+    pictures = [_enlarged(images, columns) for _, images in sections]
     width = max(picture.width for picture in pictures) + 2 * margin
     height = sum(picture.height + title_height for picture in pictures) + margin
     sheet = Image.new("RGB", (width, height), "white")
@@ -67,9 +83,35 @@ def save_sheet(sections: list[tuple[str, Tensor]], path: Path, columns: int = CO
     write_atomically(path, _to_png(sheet))
 
 
-def _to_image(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) in 0..1 as 8-bit RGB, each value rounded to the nearest."""
-    return Image.fromarray(rearrange(to_bytes(picture), "c h w -> h w c").numpy())
+def _enlarged(images: Tensor, columns: int) -> Image.Image:
+    """A grid of which each pixel becomes a square of pixels, so that small images are large enough to look at."""
+    small = Image.fromarray(rearrange(to_bytes(grid(images, columns)), "c h w -> h w c").numpy())
+    scale = _scale(images)
+    return small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)
+
+
+def _scale(images: Tensor) -> int:
+    return -(-LEAST_SIDE // min(images.shape[2:]))
+
+
+def _captioned(
+    picture: Image.Image, captions: Sequence[str], columns: int, height: int, width: int
+) -> Image.Image:
+    """A grid with a caption above each of its cells, or above each column, where its rows have the same."""
+    rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
+    if all(row == rows[0][: len(row)] for row in rows):
+        rows[1:] = [()] * len(rows[1:])
+    shown = Image.new("RGB", (picture.width, picture.height + CAPTION_HEIGHT * sum(map(bool, rows))), "white")
+    draw, font, top = ImageDraw.Draw(shown), ImageFont.load_default(size=CAPTION_SIZE), 0
+    for number, row in enumerate(rows):
+        for column, text in enumerate(row):
+            while len(text) > 1 and draw.textlength(text, font) > width:
+                text = f"{text[:-2]}\u2026"
+            draw.text((column * width + width / 2, top + 1), text, fill="black", font=font, anchor="ma")
+        top += CAPTION_HEIGHT * bool(row)
+        shown.paste(picture.crop((0, number * height, picture.width, picture.height)), (0, top))
+        top += height
+    return shown
 
 
 def _to_png(image: Image.Image) -> bytes:

@@ -10,7 +10,8 @@ from torch import Tensor
 from prior.evaluation.metrics import nearest
 from prior.evaluation.sets import unit_images
 from prior.likelihood import mixture_nats_per_map
-from prior.pair import Pair, draw_maps
+from prior.maps import draw_maps
+from prior.pair import Pair
 from prior.sampling import GUIDANCE, draw_labels
 from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import prior
 from prior.likelihood import label_log_joint, nats_per_map
-from prior.pair import Pair, draw_maps
+from prior.maps import draw_maps
+from prior.pair import Pair
 from prior.sampling import GUIDANCE, draw_labels, invert_cumulative
 from tests.helpers import SHIPPED, make_info, make_prior, make_split, save_pair
 from vqvae.compute import derive_seed

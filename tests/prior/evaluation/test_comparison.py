@@ -11,7 +11,7 @@ from PIL import Image
 
 from prior.evaluation.comparison import as_text, compare_modes, first_of_each_class, save_comparison
 from prior.likelihood import nats_per_map
-from prior.pair import draw_maps
+from prior.maps import draw_maps
 from prior.sampling import GUIDANCE, draw_labels
 from tests.helpers import make_dataset, make_split, save_pair
 from tests.prior.evaluation.test_metrics import all_distances
