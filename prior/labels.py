@@ -13,7 +13,7 @@ from vqvae.errors import InputError
 
 RANGE = re.compile(r"(\d{1,4})-(\d{1,4})", re.ASCII)
 NUMBER = re.compile(r"\d{1,4}", re.ASCII)
-MOST_NAMES = 10  # that a message lists
+MOST_NAMES = 12  # that a message lists
 
 
 def to_labels(
@@ -90,6 +90,11 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
     close = get_close_matches(name, class_names, n=1)
     remedy = f"did you mean {close[0]!r:.80}?" if close else "or a number or a range of numbers, such as 0-1"
     raise InputError(f"expected `labels` to be names of classes ({known:.300}), found {name!r:.80}; {remedy}")
+
+
+def names_of(labels: Tensor, class_names: Sequence[str]) -> list[str]:
+    """The names of labels (N,). Without classes there are none."""
+    return [class_names[label] for label in labels] if class_names else []
 
 
 def _to_tensor(labels: Any, class_names: Sequence[str]) -> Tensor:

@@ -149,12 +149,12 @@ class Pair:
         joint = label_log_joint(self.prior, self.encode(images), self.info.class_frequencies)
         return joint.softmax(dim=1)
 
-    def complete(self, images: Tensor, num_rows: int | None = None, num_samples: int = 1, **options: Any) -> Tensor:
+    def complete(self, images: Tensor, num_rows: int, num_samples: int = 1, **options: Any) -> Tensor:
         """Keep the first rows of each image's code map and draw the rest: those of `draw_completions`.
 
         Args:
-            num_rows: rows of codes to keep, 0..H. None stands for half of them.
-            options: num_samples, labels, seed and the others of `draw_completions`.
+            num_rows: rows of codes to keep, 0..H.
+            options: labels, seed and the others of `draw_completions`.
         Returns:
             new images (N num_samples, C, S, T), those of the first image first.
         Raises:
@@ -162,17 +162,15 @@ class Pair:
         """
         return self.draw_completions(self.keep_rows(self.encode(images), num_rows), num_samples, **options).images
 
-    def keep_rows(self, indices: Tensor, num_rows: int | None = None) -> Tensor:
+    def keep_rows(self, indices: Tensor, num_rows: int) -> Tensor:
         """Code maps (N, H, W) of which the first rows are known, and -1 stands where a code is to be drawn.
 
         Args:
-            num_rows: rows to keep, 0..H. None stands for half of them.
+            num_rows: rows to keep, 0..H.
         Raises:
             InputError: another number of rows.
         """
         height = self.vqvae.map_shape[0]
-        if num_rows is None:
-            num_rows = height // 2
         num_rows = require_whole("num_rows", num_rows, 0, height, f"try `num_rows={height // 2}`")
         return torch.cat([indices[:, :num_rows], torch.full_like(indices[:, num_rows:], -1)], dim=1)
 
@@ -189,8 +187,8 @@ class Pair:
         """Keep the known codes of maps and draw the others: images, codes and labels, N num_samples of each.
 
         The known codes may have any shape, but maps are drawn in raster order: what is drawn depends on the known codes
-        before it, and not on those after it. Sample s of map n takes the random numbers that `draw` takes for its sample
-        n num_samples + s. So a completion depends on the place of its map, but not on the other maps.
+        before it, and not on those after it. Sample s of map n takes the random numbers that `draw` takes for its
+        sample n num_samples + s. So a completion depends on the place of its map, but not on the other maps.
 
         Args:
             known_codes: (N, H, W) int64, codes to keep, and -1 where one is to be drawn.

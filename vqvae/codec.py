@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqvae.compute import eval_mode, in_batches
-from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
 from vqvae.model import VQVAE
 
 BATCH = 500
@@ -38,3 +38,17 @@ def reconstruct_images(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
     `encode_images` takes them."""
     indices = encode_images(model, images)
     return indices, decode_images(model, indices)
+
+
+def reconstruct(model: VQVAE, images: Tensor) -> dict[str, Tensor]:
+    """Images (N, C, S, T) uint8 through stage one and back, with what that loses.
+
+    Returns:
+        `images` and `reconstructions` (N, C, S, T) in 0..1, `indices` (N, H, W), and of each image's pixels the
+        `squared_error` and `psnr_db` (N,), all on the CPU.
+    """
+    originals = to_unit_range(to_model_range(images))
+    indices, reconstructions = reconstruct_images(model, images)
+    error, psnr = pixel_errors(originals, reconstructions)
+    arrays = {"images": originals, "reconstructions": reconstructions, "indices": indices.cpu()}
+    return {**arrays, "squared_error": error, "psnr_db": psnr}

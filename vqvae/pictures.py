@@ -42,6 +42,11 @@ def pairs(upper: Tensor, lower: Tensor) -> Tensor:
     return rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
 
 
+def columns_for(num: int) -> int:
+    """Columns of a grid whose images repeat after `num`, so that each column shows the same where that is possible."""
+    return COLUMNS // num * num or COLUMNS
+
+
 def grid_png(images: Tensor, columns: int = COLUMNS, captions: Sequence[str] = ()) -> bytes:
     """Images (N, C, H, W) in 0..1 as a grid in the PNG format, large enough to look at.
 
@@ -94,23 +99,25 @@ def _scale(images: Tensor) -> int:
     return -(-LEAST_SIDE // min(images.shape[2:]))
 
 
-def _captioned(
-    picture: Image.Image, captions: Sequence[str], columns: int, height: int, width: int
-) -> Image.Image:
+def _captioned(picture: Image.Image, captions: Sequence[str], columns: int, height: int, width: int) -> Image.Image:
     """A grid with a caption above each of its cells, or above each column, where its rows have the same."""
     rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
     if all(row == rows[0][: len(row)] for row in rows):
         rows[1:] = [()] * len(rows[1:])
-    shown = Image.new("RGB", (picture.width, picture.height + CAPTION_HEIGHT * sum(map(bool, rows))), "white")
-    draw, font, top = ImageDraw.Draw(shown), ImageFont.load_default(size=CAPTION_SIZE), 0
+    padding = picture.height - len(rows) * height  # below a row; the next one begins with it too
+    num_captioned = sum(map(bool, rows))
+    shown_height = picture.height + num_captioned * CAPTION_HEIGHT + (num_captioned - 1) * padding
+    shown = Image.new("RGB", (picture.width, shown_height), "white")
+    draw, font, bottom = ImageDraw.Draw(shown), ImageFont.load_default(size=CAPTION_SIZE), 0
     for number, row in enumerate(rows):
+        top = bottom if row else bottom - padding
         for column, text in enumerate(row):
             while len(text) > 1 and draw.textlength(text, font) > width:
                 text = f"{text[:-2]}\u2026"
             draw.text((column * width + width / 2, top + 1), text, fill="black", font=font, anchor="ma")
-        top += CAPTION_HEIGHT * bool(row)
-        shown.paste(picture.crop((0, number * height, picture.width, picture.height)), (0, top))
-        top += height
+        top += CAPTION_HEIGHT if row else 0
+        bottom = top + height + padding
+        shown.paste(picture.crop((0, number * height, picture.width, (number + 1) * height + padding)), (0, top))
     return shown
 
 

@@ -12,7 +12,7 @@ from vqvae.compute import eval_mode, in_batches, pick_device, require_memory_to_
 from vqvae.console import remark
 from vqvae.data.dataset import Dataset, Split, digest
 from vqvae.data.load import load_dataset
-from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
 from vqvae.distributed import all_reduce_sum, main_first, shard
 from vqvae.errors import InputError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae

@@ -84,8 +84,8 @@ def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
     if num_changed > 0:
         kind = "RGB" if channels > 1 else "grey"
         remark(
-            f"{num_changed} of {len(files)} images were not {height}x{width} and {kind}: the centre of each was resized "
-            f"to that, and its colours were converted"
+            f"{num_changed} of {len(files)} images had another size or other colours than the model's, "
+            f"{height}x{width} and {kind}: their centres were resized and converted"
         )
     names = (file.relative_to(path) if file != path else file.name for file in files)
     return ChosenImages(torch.stack(images), tuple(map(str, names)))
