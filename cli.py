@@ -64,7 +64,7 @@ VQVAEFile = Annotated[Path | None, PathOption("--vqvae", help="VQ-VAE weights [d
 PriorFile = Annotated[Path | None, PathOption("--prior", help="Prior weights [default: your newest, or the shipped]")]
 Guidance = Annotated[float | None, Option(min=0, max=100, help="How strongly to follow labels; 1: the prior itself.")]
 Output = Annotated[Path, PathOption(help=".png for a picture, .npz for arrays.")]
-Images = Annotated[Path | None, PathOption(help="Your own: a file, or a folder [default: a test split's]")]
+Images = Annotated[Path | None, PathOption(help="Your own: a file, a folder or an .npz [default: a test split's]")]
 NumImages = Annotated[int | None, Option(min=1, help="How many test images [default: the first 100; complete: 8]")]
 Label = Annotated[str | None, Option(help="Draw this class: its name or its number.")]
 Temperature = Annotated[float | None, Option(help="Below 1 safer, above 1 wilder.")]

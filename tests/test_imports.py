@@ -16,7 +16,8 @@ RANKING = """
     vqvae.storage vqvae.storage.shipped vqvae.shell vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
     vqvae.storage.checkpoint vqvae.storage.runs
     vqvae.data vqvae.data.dataset vqvae.data.pixels vqvae.data.idx vqvae.data.archive vqvae.data.download
-    vqvae.data.mnist vqvae.data.images vqvae.data.load vqvae.data.chosen vqvae.pictures vqvae.output
+    vqvae.data.mnist vqvae.data.images vqvae.data.prepared vqvae.data.folder vqvae.data.arrays vqvae.data.load
+    vqvae.data.chosen vqvae.pictures vqvae.output
     vqvae.training vqvae.training.settings vqvae.training.signals vqvae.training.averages vqvae.training.logs
     vqvae.training.state vqvae.training.loop
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vqvae.compute import require_whole
 from vqvae.console import progress, remark
+from vqvae.data.arrays import read_images
 from vqvae.data.dataset import DatasetInfo
 from vqvae.data.images import find_images, read_image, read_shape
 from vqvae.data.load import load_like
@@ -30,7 +31,7 @@ class ImageChoice:
         InputError: a user's own are named, and a part of a dataset too.
     """
 
-    images: Path | None = None  # a file or a folder of the user's own images; None takes those of a test split
+    images: Path | None = None  # the user's own: a file, a folder or an .npz file; None takes those of a test split
     dataset: str | None = None  # whose test split; None stands for the model's own
     num_images: int | None = None  # from the first on
     data_folder: Path = Path("data")
@@ -66,7 +67,8 @@ class ImageChoice:
 
 
 def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
-    """A user's image, or the images of a folder. Those of another shape are resized or converted, which is told.
+    """A user's image, the images of a folder, or those of an .npz file. Those of another shape are resized or
+    converted, which is told.
 
     Args:
         image_shape: (C, H, W), which they get.
@@ -75,17 +77,24 @@ def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
         InputError: there is no image, or one cannot be read.
     """
     channels, height, width = image_shape
-    files, images, num_changed = find_images(path), [], 0
-    with progress(len(files), "image", doing="reading") as bar:
-        for file in files:
-            num_changed += read_shape(file) != image_shape
-            images.append(read_image(file, channels, (height, width)))
-            bar.update()
-    if num_changed > 0:
+    if path.suffix == ".npz":
+        shape, numbered = read_images(path, image_shape)
+        images = torch.stack([pixels for _, pixels in numbered])
+        names, shapes = tuple(map(str, range(len(images)))), [shape] * len(images)
+    else:
+        files = find_images(path)
+        with progress(len(files), "image", doing="reading") as bar:
+            shapes, pixels = [], []
+            for file in files:
+                shapes.append(read_shape(file))
+                pixels.append(read_image(file, channels, (height, width)))
+                bar.update()
+        images = torch.stack(pixels)
+        names = tuple((file.relative_to(path) if file != path else Path(file.name)).as_posix() for file in files)
+    if num_changed := sum(shape != image_shape for shape in shapes):
         kind = "RGB" if channels > 1 else "grey"
         remark(
-            f"{num_changed} of {len(files)} images had another size or other colours than the model's, "
+            f"{num_changed} of {len(images)} images had another size or other colours than the model's, "
             f"{height}x{width} and {kind}: their centres were resized and converted"
         )
-    names = (file.relative_to(path) if file != path else file.name for file in files)
-    return ChosenImages(torch.stack(images), tuple(map(str, names)))
+    return ChosenImages(images, names)

@@ -22,6 +22,7 @@ from vqvae.storage.files import open_checked, refusals
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of Pillow; others of its readers start programs
+SUGGESTED_SIDE = 64  # for images that must be resized
 MAX_FILE = 2**28  # bytes
 MAX_PIXELS = 2**26  # a camera's image has half as many; Pillow's own limit is higher
 DEEP_GREY = ("I", "I;16", "I;16B", "I;16L")  # Pillow's names of 16 bits
@@ -46,10 +47,21 @@ def find_images(path: Path) -> list[Path]:
             raise MissingFileError(f"expected images at {path}, found nothing there; {remedy}")
         if not path.is_dir():
             return [path]
-        found = sorted(_image_files(path), key=lambda file: natural(file.relative_to(path).as_posix()))
+        return [path / name for name in sorted(find_names(path), key=natural)]
+
+
+def find_names(folder: Path) -> list[str]:
+    """The image files of a folder as `find_images` finds them: their paths below the folder, with /, in any order.
+
+    Raises:
+        InputError: the folder holds no image or a link that leads out of it, or it cannot be read.
+    """
+    remedy = "name a folder of images, or an image"
+    with refusals(f"expected images in {folder}", remedy):
+        found = [Path(place, name).relative_to(folder).as_posix() for place, name in _image_files(folder)]
     if not found:
         raise InputError(
-            f"expected images in {path}, found no file whose name ends in {', '.join(SUFFIXES)}; put some there, or "
+            f"expected images in {folder}, found no file whose name ends in {', '.join(SUFFIXES)}; put some there, or "
             f"{remedy}"
         )
     return found
@@ -134,8 +146,21 @@ def parse_size(text: str | int | None) -> tuple[int, int] | None:
     return height, width
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    """The image files of a folder and of its subfolders, in any order.
+def require_side(height: int, width: int, path: Path) -> None:
+    """Refuse images that no model takes as large as they are.
+
+    Raises:
+        InputError: a side is too long.
+    """
+    if max(height, width) > MAX_SIDE:
+        raise InputError(
+            f"expected images of at most {MAX_SIDE}x{MAX_SIDE} in {path}, found {height}x{width}; resize them by "
+            f"`image_size={SUGGESTED_SIDE}`"
+        )
+
+
+def _image_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """The image files of a folder and of its subfolders, each as its folder and its name, in any order.
 
     Raises:
         InputError: a link leads out of the folder.
@@ -155,7 +180,7 @@ def _image_files(folder: Path) -> Iterator[Path]:
                     f"expected only files inside {folder}, found the link {path}, which leads out of it; put a copy of "
                     f"what it leads to there, or remove it"
                 )
-        yield from (Path(place, name) for name in images)
+        yield from ((place, name) for name in images)
 
 
 @contextmanager

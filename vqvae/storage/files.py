@@ -7,6 +7,7 @@ of one sentence.
 import errno
 import io
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
+from vqvae.console import remark
 from vqvae.distributed import is_main
 from vqvae.errors import InputError, MissingFileError, is_out_of_memory
 
@@ -166,6 +169,29 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
                 scratch.unlink(missing_ok=True)
             raise
         _flush_folder(target.parent)
+
+
+@contextmanager
+def alone_in(folder: Path, what: str) -> Iterator[None]:
+    """Inside, no other process writes to the folder by this function, and nothing is left there by a killed one.
+
+    Args:
+        folder: it is made if it does not exist.
+        what: for the remark that another process is at it, such as "downloads MNIST".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remark(f"another process {what} to {folder}; waiting for its end")
+        lock.acquire()
+    try:
+        for left in folder.glob(f".*{SCRATCH}"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -59,10 +60,24 @@ def test_the_first_images_of_a_test_split_are_named_by_their_numbers() -> None:
             ImageChoice(data_folder=FIXTURE, num_images=num).read(mnist().info, 5)
 
 
-@pytest.mark.parametrize(
-    ("options", "name", "value"), [({"num_images": 3}, "num_images", 3), ({"dataset": "x"}, "dataset", "x")]
-)
-def test_own_images_and_a_part_of_a_dataset_contradict(options: dict[str, object], name: str, value: object) -> None:
+@pytest.mark.parametrize(("shape", "num_changed"), [((5, 28, 28), 0), ((5, 3, 14, 28), 5), ((5, 28, 14, 1), 5)])
+def test_a_file_of_arrays_has_images_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...], num_changed: int
+) -> None:
+    values = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=values)
+    found = read_own(tmp_path / "a.npz", (1, 28, 28))
+    assert found.names == ("0", "1", "2", "3", "4")
+    assert found.images.shape == (5, 1, 28, 28)
+    assert capsys.readouterr().err.startswith(f"{num_changed} of 5 images had another" if num_changed else "")
+    if num_changed == 0:
+        assert np.array_equal(found.images[:, 0], values)
+        np.savez(tmp_path / "b.npz", images=(values / 255).astype(np.float32))  # as `sample` writes them
+        assert torch.equal(read_own(tmp_path / "b.npz", (1, 28, 28)).images, found.images)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_images", 3), ("dataset", "cifar10")])
+def test_own_images_and_a_part_of_a_dataset_contradict(name: str, value: object) -> None:
     expected = f"expected `images` or `{name}`, found a.png and {value}; give one of them, because"
     with pytest.raises(InputError, match=re.escape(expected)):
-        ImageChoice(Path("a.png"), **options)  # type: ignore[arg-type]
+        ImageChoice(Path("a.png"), **{name: value})  # type: ignore[arg-type]

@@ -1,0 +1,238 @@
+"""Images and labels in an .npz file. It is read piece by piece, because it may be larger than memory."""
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from PIL import Image
+from torch import Tensor
+
+from vqvae.data.dataset import Dataset
+from vqvae.data.images import MAX_PIXELS, fit, natural, require_side
+from vqvae.data.pixels import to_bytes
+from vqvae.data.prepared import Material, Wanted, load_prepared
+from vqvae.errors import InputError, plain
+from vqvae.storage.files import open_checked
+
+EXPECTED = "an .npz file with `images`"
+REMEDY = "write it with numpy.savez(file, images=..., labels=...)"
+READ_AT_ONCE = 2**22  # bytes
+MAX_LABEL = 400  # bytes of a label that is text
+
+
+class _Array(NamedTuple):
+    """What the header of an array says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def load_arrays(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
+    """The dataset in an .npz file, which is one that numpy.savez or `sample` with an output of that name has written.
+
+    Its array "images" has the shape (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1 or 3. If an array fits both
+    of the last two, the second axis counts as C. The values are uint8, or floating-point numbers in 0..1. Its array
+    "labels", if there is one, has the shape (N,): whole numbers from 0, or text.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it holds something else, or an image size is needed.
+    """
+    with open_checked(path, EXPECTED, REMEDY):
+        stat = path.stat()
+    state = json.dumps([stat.st_size, stat.st_mtime_ns])
+    return load_prepared(path, state, wanted, data_folder, partial(_read, path))
+
+
+def read_images(
+    path: Path, image_shape: tuple[int, int, int]
+) -> tuple[tuple[int, int, int], Iterator[tuple[int, Tensor]]]:
+    """The images in an .npz file without a dataset around them.
+
+    Args:
+        image_shape: (C, H, W), which they get.
+    Returns:
+        the shape (C, H, W) that they have in the file, and the number of each and its pixels.
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it holds something else.
+    """
+    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
+        channels_first, (_, *found) = _layout(path, _header(path, archive, "images"))
+    channels, height, width = found
+    return (channels, height, width), _images(path, channels_first, (channels, height, width), image_shape)
+
+
+def _read(path: Path, wanted: Wanted) -> Material:
+    """The labels of a file, and its images to be read."""
+    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
+        channels_first, shape = _layout(path, _header(path, archive, "images"))
+        num, *_ = shape
+        class_names: tuple[str, ...] = ()
+        labels = np.zeros(num, np.int64)
+        if "labels.npy" in archive.namelist():
+            class_names, labels = _read_labels(path, archive, num)
+    channels, height, width = shape[1:]
+    if wanted.size is None:
+        require_side(height, width, path)
+    image_shape = (wanted.channels or channels, *(wanted.size or (height, width)))
+    return Material(image_shape, class_names, labels, None, _images(path, channels_first, shape[1:], image_shape))
+
+
+def _layout(path: Path, found: _Array) -> tuple[bool, tuple[int, int, int, int]]:
+    """Whether the channels come before the pixels, and the shape as (N, C, H, W).
+
+    Raises:
+        InputError: these are no images.
+    """
+    shape, dtype = found
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise InputError(
+            f"expected `images` in {path} as uint8 or as floating-point values in 0..1, found {dtype}; convert them"
+        )
+    layout = None
+    if len(shape) == 3:
+        layout = True, (shape[0], 1, *shape[1:])
+    elif len(shape) == 4 and shape[1] in (1, 3):
+        layout = True, shape
+    elif len(shape) == 4 and shape[3] in (1, 3):
+        layout = False, (shape[0], shape[3], *shape[1:3])
+    if layout is None or min(shape) < 1 or layout[1][2] * layout[1][3] > MAX_PIXELS:
+        raise InputError(
+            f"expected `images` in {path} of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, found "
+            f"{shape}; give them such a shape"
+        )
+    return layout
+
+
+def _images(
+    path: Path, channels_first: bool, found: tuple[int, int, int], wanted: tuple[int, int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """The images of a file, one after the other, each with its number.
+
+    Args:
+        found, wanted: (C, H, W) of an image in the file, and of one that is given.
+    Raises:
+        InputError: a value is out of range.
+    """
+    row = 0
+    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
+        for piece in _pieces(path, archive, "images"):
+            pixels = torch.from_numpy(_bytes(path, piece))
+            pixels = pixels.view(-1, *found) if channels_first else pixels.permute(0, 3, 1, 2)
+            for image in pixels:
+                yield row, image if found == wanted else _fitted(image, wanted)
+                row += 1
+
+
+def _bytes(path: Path, values: np.ndarray) -> np.ndarray:
+    """Values in 0..1 as uint8 in 0..255. Those of uint8 stay as they are.
+
+    Raises:
+        InputError: a value is NaN or out of range.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if np.isnan(values).any():
+        raise InputError(f"expected `images` in {path} with values in 0..1, found values that are NaN; remove them")
+    if not 0 <= values.min() <= values.max() <= 1:
+        raise InputError(
+            f"expected `images` in {path} with values in 0..1, found values from {plain(values.min())} to "
+            f"{plain(values.max())}; scale them, or save them as uint8"
+        )
+    return to_bytes(torch.from_numpy(values.astype(np.float32))).numpy()
+
+
+def _fitted(image: Tensor, wanted: tuple[int, int, int]) -> Tensor:
+    """An image (C, H, W) uint8 with other channels or of another size."""
+    pixels = image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0)
+    picture = Image.fromarray(np.ascontiguousarray(pixels.numpy())).convert("L" if wanted[0] == 1 else "RGB")
+    fitted = torch.from_numpy(np.array(fit(picture, wanted[1:])))
+    return fitted.view(*wanted[1:], -1).permute(2, 0, 1)
+
+
+def _read_labels(path: Path, archive: zipfile.ZipFile, num: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """The class names and the labels (N,) int64.
+
+    Raises:
+        InputError: they are no labels of these images.
+    """
+    shape, dtype = _header(path, archive, "labels")
+    if shape != (num,) or dtype.kind not in "iuU" or (dtype.kind == "U" and dtype.itemsize > MAX_LABEL):
+        raise InputError(
+            f"expected `labels` in {path} of shape ({num},), whole numbers or short text, found {dtype} of shape "
+            f"{shape}; give each image one label"
+        )
+    if dtype.kind == "U":
+        places: dict[str, int] = {}
+        numbers = [places.setdefault(name, len(places)) for piece in _pieces(path, archive, "labels") for name in piece]
+        names = sorted(places, key=natural)
+        place = np.empty(len(names), np.int64)
+        place[[places[name] for name in names]] = np.arange(len(names))
+        return tuple(map(str, names)), place[numbers]
+    labels = np.concatenate([np.asarray(piece, np.int64) for piece in _pieces(path, archive, "labels")])
+    least, most = labels.min(), labels.max()
+    if least < 0 or most >= num:
+        raise InputError(
+            f"expected `labels` in {path} from 0 to the number of classes less 1, found labels from {least} to {most} "
+            f"of {num} images; number the classes from 0"
+        )
+    return tuple(map(str, range(most + 1))), labels
+
+
+def _header(path: Path, archive: zipfile.ZipFile, name: str) -> _Array:
+    """The header of an array, checked: nothing else is read."""
+    if f"{name}.npy" not in archive.namelist():
+        found = ", ".join(archive.namelist()[:5]) or "nothing"
+        raise InputError(f"expected an array `{name}` in {path}, found {found[:200]}; {REMEDY}")
+    with archive.open(f"{name}.npy") as member:
+        shape, dtype = _start(path, member, name)
+        if archive.getinfo(member.name).file_size != member.tell() + dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{name} is not as long as it says")
+    return _Array(shape, dtype)
+
+
+def _start(path: Path, member: IO[bytes], name: str) -> _Array:
+    """The header of an array, after which the values follow.
+
+    Raises:
+        InputError: it holds Python objects, or it does not lie row by row.
+    """
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(member)]
+    shape, columns_first, dtype = read_header(member)
+    if dtype.hasobject:
+        raise InputError(
+            f"expected numbers or text as `{name}` in {path}, found Python objects, which are not loaded; save an "
+            f"array of one type"
+        )
+    if columns_first and len(shape) > 1:
+        raise InputError(
+            f"expected `{name}` in {path} row by row, found an array in Fortran's order; save "
+            f"numpy.ascontiguousarray({name})"
+        )
+    return _Array(shape, dtype)
+
+
+def _pieces(path: Path, archive: zipfile.ZipFile, name: str) -> Iterator[np.ndarray]:
+    """The rows of an array, some at a time.
+
+    Raises:
+        ValueError: it is cut short.
+    """
+    with archive.open(f"{name}.npy") as member:
+        shape, dtype = _start(path, member, name)
+        size = dtype.itemsize * math.prod(shape[1:])  # bytes of a row
+        at_once = max(READ_AT_ONCE // max(size, 1), 1)
+        for start in range(0, shape[0], at_once):
+            num = min(at_once, shape[0] - start)
+            content = bytearray(member.read(num * size))
+            if len(content) < num * size:
+                raise ValueError(f"{name} is cut short")
+            yield np.frombuffer(content, dtype).reshape(num, *shape[1:])
