@@ -66,7 +66,7 @@ Guidance = Annotated[float | None, Option(min=0, max=100, help="How strongly to 
 Output = Annotated[Path, PathOption(help=".png for a picture, .npz for arrays.")]
 Images = Annotated[Path | None, PathOption(help="Your own: a file, a folder or an .npz [default: a test split's]")]
 NumImages = Annotated[int | None, Option(min=1, help="How many test images [default: the first 100; complete: 8]")]
-Label = Annotated[str | None, Option(help="Draw this class: its name or its number.")]
+Label = Annotated[str | None, Option("--label", help="Draw this class: its name or its number.")]
 Temperature = Annotated[float | None, Option(help="Below 1 safer, above 1 wilder.")]
 TopK = Annotated[int | None, Option(min=1, help="Draw among the k likeliest codes.")]
 TopP = Annotated[float | None, Option(help="Draw among the likeliest codes of this mass.")]
@@ -278,9 +278,9 @@ def reconstruct(
 def complete(
     images: Images = None,
     num_images: NumImages = None,
-    num_rows: Annotated[int | None, Option("--rows", min=0, help="Rows of codes to keep [default: half]")] = None,
+    num_rows: Annotated[int | None, Option("--rows", min=0, help="Rows to keep, from the top [default: half]")] = None,
     num_samples: Annotated[int, Option("--samples", min=1, help="Completions of each image.")] = 8,
-    label: Label = None,
+    labels: Label = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -307,7 +307,7 @@ def complete(
     check_options(**options)
     check_output(output)
     pair = load(vqvae, prior, device)
-    options["label"] = None if label is None else parse_label(label, pair.info.class_names)
+    options["label"] = None if labels is None else parse_label(labels, pair.info.class_names)
     say(f"weights: {pair.origin}")
     pixels, names = choice.read(pair.info, num_images=8)
     with progress(len(pixels) * num_samples, "map") as bar:
