@@ -24,7 +24,7 @@ from vqvae.data.dataset import SPLIT_SEED, Dataset, DatasetInfo, Split
 from vqvae.errors import InputError
 from vqvae.storage.files import alone_in, open_checked, refusals
 from vqvae.storage.recipe import from_dict
-from vqvae.storage.tensors import Streamed, TensorFile, checksum, write_streamed
+from vqvae.storage.tensors import Streamed, TensorFile, write_streamed
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST, LEFT_OUT = range(4)
@@ -72,11 +72,11 @@ def load_prepared(
         if (found := _load(folder, origin)) and _is_wanted(found.info, wanted):
             return found
     folder, origin = _place(source, state, wanted, data_folder)
-    with refusals(f"expected to write {folder}", "name another `data_folder`"):
-        with alone_in(folder, f"prepares {source.name}"):
-            if found := _load(folder, origin):  # another process has made it by now
-                return found
-            _make(folder, origin, source, read(wanted))
+    writing = refusals(f"expected to write {folder}", "name another `data_folder`")
+    with writing, alone_in(folder, f"prepares {source.name}"):
+        if found := _load(folder, origin):  # another process has made it by now
+            return found
+        _make(folder, origin, source, read(wanted))
     if found := _load(folder, origin):
         return found
     raise InputError(f"expected to read the files just written in {folder}, found others; see that nobody changes them")
@@ -150,10 +150,10 @@ def _read(folder: Path, name: str, origin: str) -> tuple[DatasetInfo, Split]:
         num = file.found["labels"][1][0]
         if file.found != {"images": ("U8", [num, *info.image_shape]), "labels": ("I64", [num])}:
             raise ValueError("other shapes")
-        tensors = file.map()
-        split = Split(tensors["images"], tensors["labels"])
-        if file.metadata["checksum"] != checksum(split):
+        opened.seek(file.start)  # what is read, unlike what is mapped, takes no memory
+        if file.metadata["checksum"] != hashlib.file_digest(opened, "sha256").hexdigest():  # type: ignore[arg-type]
             raise ValueError("another checksum")
+        split = Split(**file.map())
         if not 0 <= split.labels.min() <= split.labels.max() < max(info.num_classes, 1):
             raise ValueError("labels out of range")
     return info, split
@@ -194,9 +194,9 @@ def _make(folder: Path, origin: str, source: Path, material: Material) -> None:
         for part, name in enumerate(SPLITS):
             chosen = order[parts[order] == part]
             pieces = map(partial(_image, scratch, shape), chosen)
-            tensors = {
-                "images": Streamed(torch.uint8, (len(chosen), *shape), pieces),
+            tensors = {  # the labels first, so that they are aligned
                 "labels": Streamed(torch.int64, (len(chosen),), [torch.from_numpy(labels[chosen])]),
+                "images": Streamed(torch.uint8, (len(chosen), *shape), pieces),
             }
             write_streamed(folder / f"{name}.safetensors", metadata, tensors)
 

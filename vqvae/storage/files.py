@@ -177,14 +177,14 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
 
     Args:
         folder: it is made if it does not exist.
-        what: for the remark that another process is at it, such as "downloads MNIST".
+        what: for the remark that another process is at it, such as "prepares flowers".
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        remark(f"another process {what} to {folder}; waiting for its end")
+        remark(f"another process {what} in {folder}; waiting for its end")
         lock.acquire()
     try:
         for left in folder.glob(f".*{SCRATCH}"):
