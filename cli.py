@@ -65,6 +65,12 @@ VQVAEFile = Annotated[Path | None, PathOption("--vqvae", help="VQ-VAE weights [d
 PriorFile = Annotated[Path | None, PathOption("--prior", help="Prior weights [default: your newest, or the shipped]")]
 Guidance = Annotated[float | None, Option(min=0, max=100, help="How strongly to follow labels; 1: the prior itself.")]
 Output = Annotated[Path, PathOption(help=".png for a picture, .npz for arrays.")]
+Images = Annotated[Path | None, PathOption(help="Your own: a file, a folder or an .npz [default: a test split's]")]
+NumImages = Annotated[int | None, Option(min=1, help="How many test images [default: the first 100; complete: 8]")]
+Label = Annotated[str | None, Option("--label", help="Draw this class: its name or its number.")]
+Temperature = Annotated[float | None, Option(help="Below 1 safer, above 1 wilder.")]
+TopK = Annotated[int | None, Option(min=1, help="Draw among the k likeliest codes.")]
+TopP = Annotated[float | None, Option(help="Draw among the likeliest codes of this mass.")]
 
 
 @app.command(help="Stage one: train the VQ-VAE.")
@@ -177,21 +183,19 @@ def train_classifier(
     _say_what_is_next(written, "evaluate", "--classifier", written, data_folder=data_folder)
 
 
-@app.command(help="Draw new images, as a grid or as arrays.")
+@app.command(help="Draw new images, as a grid or as arrays. The gaussian mode takes no labels and no prior.")
 def sample(
     mode: Annotated[Literal["gaussian", "pixelcnn"], Option(help="Codes by Gaussian noise, or drawn from the prior.")],
     gaussian_input: Annotated[
         Literal["latent", "image"] | None, Option(help="gaussian only: z ~ N(0, 1), the default, or x ~ N(0, 1).")
     ] = None,
     num_samples: Annotated[int, Option(min=1, help="How many images.")] = 100,
-    label: Annotated[int | None, Option(min=0, help="pixelcnn only: draw this class.")] = None,
-    labels: Annotated[
-        str | None, Option(help="pixelcnn only: draw these in turn, as 0-9 or 1,3,5 [default: any]")
-    ] = None,
+    label: Label = None,
+    labels: Annotated[str | None, Option(help="Draw these in turn, as cat,dog or 0-9 or 1,3,5 [default: any]")] = None,
     guidance: Guidance = None,
-    temperature: Annotated[float | None, Option(help="pixelcnn only: below 1 safer, above 1 wilder.")] = None,
-    top_k: Annotated[int | None, Option(min=1, help="pixelcnn only: draw among the k likeliest codes.")] = None,
-    top_p: Annotated[float | None, Option(help="pixelcnn only: draw among the likeliest codes of this mass.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = 0,
     device: Device = "auto",
     output: Annotated[Path | None, PathOption(help=".png for a grid, .npz for arrays [default: <mode>.png]")] = None,
@@ -200,10 +204,8 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     options: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    not_for_mode: dict[str, Any] = {"gaussian_input": gaussian_input}
-    if mode == "gaussian":
-        not_for_mode = {"label": label, "labels": labels, **options, "prior": prior}
-    for name, value in not_for_mode.items():
+    of_the_prior = {"label": label, "labels": labels, **options, "prior": prior}
+    for name, value in of_the_prior.items() if mode == "gaussian" else [("gaussian_input", gaussian_input)]:
         if value is not None:
             raise InputError(f"expected no `{name}` with `mode={mode}`, found {value}; leave it out or change the mode")
     if label is not None and labels is not None:
@@ -212,6 +214,7 @@ def sample(
     from vqvae.output import check_output, save_images
 
     output = check_output(output or Path(f"{mode}.png"))
+    shown: dict[str, Any] = {}
     if mode == "gaussian":
         from vqvae import load
         from vqvae.gaussian import draw_gaussian
@@ -223,21 +226,26 @@ def sample(
         arrays = draw_gaussian(model, gaussian_input or "latent", num_samples, seed)
     else:
         from prior import load as load_pair
-        from prior.sampling import check_options, parse_labels
+        from prior.labels import names_of, parse_label, parse_labels
+        from prior.sampling import check_options
+        from vqvae.pictures import columns_for
 
-        chosen = [label] if label is not None else parse_labels(labels)
         check_options(**options)
         pair = load_pair(vqvae, prior, device)
+        names = pair.info.class_names
+        chosen = parse_labels(labels, names) if label is None else [parse_label(label, names)]
         say(f"weights: {pair.origin}")
         with progress(num_samples, "map") as bar:
             arrays = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **options)._asdict()
-    save_images(output, arrays)
+        shown = {"columns": columns_for(len(chosen or "?")), "captions": names_of(arrays["labels"], names)}
+    save_images(output, arrays, arrays["images"], **shown)
     say(f"wrote {output}")
 
 
-@app.command(help="Pass test images through stage one and back. <name>-original.png shows the originals of <name>.png.")
+@app.command(help="Pass images through stage one and back. The picture shows each one above its reconstruction.")
 def reconstruct(
-    num_images: Annotated[int, Option(min=1, help="How many test images, from the first on.")] = 100,
+    images: Images = None,
+    num_images: NumImages = None,
     dataset: OtherDataset = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
@@ -246,23 +254,102 @@ def reconstruct(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
-    from vqvae.codec import reconstruct_split
+    from vqvae.codec import reconstruct
     from vqvae.compute import pick_device
+    from vqvae.data.chosen import ImageChoice
     from vqvae.data.dataset import DatasetInfo
-    from vqvae.data.load import load_like
     from vqvae.model import load_vqvae
-    from vqvae.output import check_output, save_reconstructions
+    from vqvae.output import check_output, save_images
+    from vqvae.pictures import pairs
     from vqvae.storage.recipe import from_dict
     from vqvae.storage.runs import describe, find_vqvae
 
-    check_output(output, with_original=True)
+    choice = ImageChoice(images, dataset, num_images, data_folder, download)
+    check_output(output)
     file = find_vqvae(vqvae)
     model, header = load_vqvae(file, pick_device(device))
     say(f"weights: {describe(file)}")
-    data = load_like(from_dict(DatasetInfo, header.data), dataset, data_folder, download=download)
-    arrays = reconstruct_split(model, data.load_test(), num_images)
-    for written in save_reconstructions(output, arrays):
-        say(f"wrote {written}")
+    pixels, names = choice.read(from_dict(DatasetInfo, header.data), num_images=100)
+    arrays = reconstruct(model, pixels)
+    save_images(output, {**arrays, "names": names}, pairs(arrays["images"], arrays["reconstructions"]))
+    error, psnr = (arrays[name].mean() for name in ("squared_error", "psnr_db"))
+    say(f"mean of {len(pixels)} images: squared error {error:.5f}, PSNR {psnr:.2f} dB\nwrote {output}")
+
+
+@app.command(
+    help="Keep the first rows of the codes of images and draw the others. Each code is drawn given those before it in "
+    "raster order (row by row, from the top left), so only what comes after can be drawn."
+)
+def complete(
+    images: Images = None,
+    num_images: NumImages = None,
+    num_rows: Annotated[int | None, Option("--rows", min=0, help="Rows to keep, from the top [default: half]")] = None,
+    num_samples: Annotated[int, Option("--samples", min=1, help="Completions of each image.")] = 8,
+    labels: Label = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    dataset: OtherDataset = None,
+    data_folder: DataFolder = DATA,
+    device: Device = "auto",
+    output: Output = Path("complete.png"),
+    vqvae: VQVAEFile = None,
+    prior: PriorFile = None,
+    download: Download = True,
+    quiet: Quiet = False,
+) -> None:
+    from prior import load
+    from prior.completions import as_grid, complete
+    from prior.labels import parse_label
+    from prior.sampling import check_options
+    from vqvae.data.chosen import ImageChoice
+    from vqvae.output import check_output, save_images
+
+    choice = ImageChoice(images, dataset, num_images, data_folder, download)
+    options: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_options(**options)
+    check_output(output)
+    pair = load(vqvae, prior, device)
+    options["label"] = None if labels is None else parse_label(labels, pair.info.class_names)
+    say(f"weights: {pair.origin}")
+    pixels, names = choice.read(pair.info, num_images=8)
+    with progress(len(pixels) * num_samples, "map") as bar:
+        completions = complete(pair, pixels, num_rows, num_samples, seed=seed, progress=bar.update, **options)
+    save_images(output, {**completions._asdict(), "names": names}, **as_grid(completions, pair.info.class_names))
+    say(f"wrote {output}")
+
+
+@app.command(help="Say how likely images are under the prior, without a label told, and which label fits each best.")
+def score(
+    images: Images = None,
+    num_images: NumImages = None,
+    dataset: OtherDataset = None,
+    data_folder: DataFolder = DATA,
+    device: Device = "auto",
+    output: Annotated[Path | None, PathOption(help=".csv for a table, .npz for arrays [default: none]")] = None,
+    vqvae: VQVAEFile = None,
+    prior: PriorFile = None,
+    download: Download = True,
+    quiet: Quiet = False,
+) -> None:
+    from prior import load
+    from prior.scores import as_text, save_scores, score
+    from vqvae.data.chosen import ImageChoice
+    from vqvae.output import check_output
+
+    choice = ImageChoice(images, dataset, num_images, data_folder, download)
+    if output is not None:
+        check_output(output, ".csv", ".npz")
+    pair = load(vqvae, prior, device)
+    say(f"weights: {pair.origin}")
+    pixels, names = choice.read(pair.info, num_images=100)
+    with progress(len(pixels) * max(pair.info.num_classes, 1), "map") as bar:
+        scores = score(pair, pixels, names, bar.update)
+    if output is not None:
+        save_scores(scores, output)
+    say(as_text(scores) if output is None else f"{as_text(scores)}\nwrote {output}")
 
 
 @app.command(help="Real images, reconstructions, both Gaussian baselines and the prior's samples, side by side.")
@@ -355,8 +442,8 @@ def _app(version: Annotated[bool, Option("--version", callback=tell_version, is_
 
 def as_flags(message: str) -> str:
     """A message of the library, with the Python in its backticks turned into what is typed here."""
-    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
-    params = [param for command in commands for param in command.params]
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    params = [param for name in sorted(commands, key=sys.argv[1:2].__contains__) for param in commands[name].params]
     return as_typed(message, {param.name: (param.opts or param.secondary_opts)[0] for param in params})
 
 

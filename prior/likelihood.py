@@ -36,19 +36,19 @@ def nats_per_code(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None) 
     return F.cross_entropy(logits, indices.flatten())
 
 
-def nats_per_map(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None, num_rows: int | None = None) -> Tensor:
+def nats_per_map(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None, counted: Tensor | None = None) -> Tensor:
     """Negative log-likelihood (N,) float64 of each map (N, H, W) under its label (N,), in nats, on the CPU.
 
     Args:
-        num_rows: the first rows, whose codes are counted. None stands for all.
+        counted: (N, H, W) bool, on the CPU: the codes that are counted. None stands for all.
     """
     nats = []
     with eval_mode(prior):
         for rows in in_batches(len(indices), maps_at_once(prior)):
             some = indices[rows].to(prior.device).long()
             logits = prior(some, None if labels is None else labels[rows].to(prior.device))
-            by_position = F.cross_entropy(logits, some, reduction="none").double()  # (B, H, W)
-            nats.append(by_position[:, :num_rows].sum(dim=(1, 2)).cpu())
+            by_position = F.cross_entropy(logits, some, reduction="none").double().cpu()  # (B, H, W)
+            nats.append((by_position if counted is None else by_position * counted[rows]).sum(dim=(1, 2)))
     return torch.cat(nats)
 
 
@@ -57,7 +57,7 @@ def label_log_joint(
     indices: Tensor,
     frequencies: Tensor,
     *,
-    num_rows: int | None = None,
+    counted: Tensor | None = None,
     progress: Callable[[int], object] = lambda num_done: None,
 ) -> Tensor:
     """log p(label) + log p(map | label), in nats: (N, num_classes) float64 for maps (N, H, W).
@@ -66,14 +66,14 @@ def label_log_joint(
 
     Args:
         frequencies: p(label), (num_classes,).
-        num_rows: the first rows, whose codes are counted. None stands for all.
+        counted: (N, H, W) bool, on the CPU: the codes that are counted. None stands for all.
         progress: called with the number of maps that were scored since the last call, under one of the labels.
     """
     labels = range(len(frequencies)) or [prior.no_label]
     log_p_label = frequencies.double().log() if len(frequencies) > 0 else torch.zeros(1, dtype=torch.float64)
     columns = []
     for label, log_p in zip(labels, log_p_label, strict=True):
-        columns.append(log_p - nats_per_map(prior, indices, torch.full((len(indices),), label), num_rows))
+        columns.append(log_p - nats_per_map(prior, indices, torch.full((len(indices),), label), counted))
         progress(len(indices))
     return torch.stack(columns, dim=1)
 

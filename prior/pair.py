@@ -6,23 +6,22 @@ Images are float32 in 0..1 here, (N, C, S, T), and lie on the CPU.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prior.checks import check_maps, to_labels
-from prior.incremental import IncrementalLogits
+from prior.checks import check_maps
+from prior.labels import to_labels
 from prior.likelihood import label_log_joint, nats_per_map
+from prior.maps import draw_labels_given, draw_maps
 from prior.model import GatedPixelCNN, load_prior
-from prior.sampling import GUIDANCE, check_options, draw_labels, invert_cumulative, sample_codes
+from prior.sampling import GUIDANCE, check_options, draw_labels
 from vqvae.codec import decode_images, encode_images
-from vqvae.compute import derive_seed, eval_mode, memory_for, pick_device, require_samples, require_whole, seeded
+from vqvae.compute import derive_seed, memory_for, pick_device, require_samples, require_whole, seeded
 from vqvae.data.dataset import DatasetInfo
 from vqvae.data.pixels import from_unit_range
-from vqvae.errors import InputError, plain
 from vqvae.model import VQVAE, load_vqvae
 from vqvae.storage.checkpoint import Header
 from vqvae.storage.recipe import from_dict
@@ -35,50 +34,6 @@ class Samples(NamedTuple):
     images: Tensor  # (N, C, S, T) float32 in 0..1
     indices: Tensor  # (N, H, W) int64
     labels: Tensor  # (N,) int64, asked for or drawn
-
-
-def draw_maps(
-    prior: GatedPixelCNN,
-    num_samples: int,
-    generator: torch.Generator,
-    *,
-    labels: Tensor | None = None,
-    known_codes: Tensor | None = None,
-    guidance: float = 1.0,
-    **options: Any,
-) -> Tensor:
-    """Draw code maps (num_samples, H, W) int64, on the CPU.
-
-    Args:
-        generator: on the CPU. It gives num_samples H W uniform numbers, map by map.
-        labels: (num_samples,) int64 classes. None draws without any label; `Pair.draw` draws the labels first instead.
-        known_codes: (num_samples, H, W) int64, codes to keep, and -1 where one is to be drawn.
-        guidance: needs labels, unless it is 1.
-        options: temperature, top_k, top_p, batch_size and progress of `sampling.sample_codes`.
-    Raises:
-        InputError: an option out of its range, or labels or codes that do not exist.
-    """
-    num_samples = require_samples(num_samples, 4 * math.prod(prior.map_shape))  # 8 bytes a uniform, 8 a code
-    if labels is not None:
-        labels = to_labels(labels, prior.num_classes, num_samples)
-    elif guidance != 1:
-        raise InputError(f"expected labels with `guidance={plain(guidance)}`, found none; give `labels` too")
-    else:
-        labels = torch.full((num_samples,), prior.no_label)
-    if known_codes is not None:
-        check_maps("known codes", known_codes, prior.map_shape, prior.num_codes, num=num_samples, least=-1)
-    with memory_for("num_samples"), eval_mode(prior):
-        uniforms = torch.rand(num_samples, *prior.map_shape, generator=generator, dtype=torch.float64)
-        maps = sample_codes(
-            partial(IncrementalLogits, prior),
-            uniforms,
-            labels.to(prior.device),
-            no_label=prior.no_label,
-            known_codes=known_codes,
-            guidance=guidance,
-            **options,
-        )
-    return maps.clone()  # outside of inference mode, so that the maps can be used for anything
 
 
 @dataclass(frozen=True)
@@ -109,7 +64,7 @@ class Pair:
         self,
         num_samples: int | None = None,
         *,
-        labels: Iterable[int] | None = None,
+        labels: Iterable[int | str] | None = None,
         seed: int = 0,
         guidance: float | None = None,
         temperature: float | None = None,
@@ -121,8 +76,8 @@ class Pair:
 
         Args:
             num_samples: how many. By default one for each label, or 1 without labels.
-            labels: classes to draw in turn, as often as it takes. None draws each label first, from the frequencies
-                of the training set, and then the map given the label.
+            labels: classes, by number or by name, to draw in turn, as often as it takes. None draws each label first,
+                from the frequencies of the training set, and then the map given the label.
             seed: the same seed gives the same images.
             guidance: 1 is the prior itself, more follows the label more closely (arXiv:2207.12598). None stands for
                 `sampling.GUIDANCE`.
@@ -135,7 +90,7 @@ class Pair:
         """
         check_options(guidance, temperature, top_k, top_p)
         generator = seeded(seed)
-        cycle = None if labels is None else to_labels(labels, self.prior.num_classes)
+        cycle = None if labels is None else self._to_labels(labels)
         num = (1 if cycle is None else len(cycle)) if num_samples is None else num_samples
         num = require_samples(num, 2 * math.prod(self.vqvae.image_shape))  # two: batches of images, and all of them
         with memory_for("num_samples"):
@@ -143,18 +98,8 @@ class Pair:
                 drawn_labels = draw_labels(self.info.class_frequencies, num, seeded(derive_seed(seed, "labels")))
             else:
                 drawn_labels = cycle[torch.arange(num) % len(cycle)]
-            indices = draw_maps(
-                self.prior,
-                num,
-                generator,
-                labels=drawn_labels,
-                guidance=self._guidance(guidance),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                progress=progress,
-            )
-            return Samples(self.decode(indices), indices, drawn_labels)
+            options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "progress": progress}
+            return self._draw(generator, drawn_labels, guidance, **options)
 
     def encode(self, images: Tensor) -> Tensor:
         """Code maps (N, H, W) int64 of images.
@@ -181,18 +126,19 @@ class Pair:
         """
         return self.decode(self.encode(images))
 
-    def log_likelihood(self, images: Tensor, labels: Iterable[int] | None = None) -> Tensor:
+    def log_likelihood(self, images: Tensor, labels: Iterable[int | str] | None = None) -> Tensor:
         """log p(map | label), or log p(map), of each image's code map: (N,) float64, in nats.
 
         Args:
-            labels: one for each image. None sums over the labels, each with its frequency in the training set.
+            labels: one for each image, by number or by name. None sums over the labels, each with its frequency in the
+                training set.
         Raises:
             InputError: images of another shape, or not in 0..1, or labels that do not fit them.
         """
         indices = self.encode(images)
         if labels is None:
             return label_log_joint(self.prior, indices, self.info.class_frequencies).logsumexp(dim=1)
-        return -nats_per_map(self.prior, indices, to_labels(labels, self.prior.num_classes, len(indices)))
+        return -nats_per_map(self.prior, indices, self._to_labels(labels, len(indices)))
 
     def label_probabilities(self, images: Tensor) -> Tensor:
         """p(label | map) of each image's code map by Bayes' rule: (N, num_classes) float64, or (N, 1) without classes.
@@ -203,37 +149,79 @@ class Pair:
         joint = label_log_joint(self.prior, self.encode(images), self.info.class_frequencies)
         return joint.softmax(dim=1)
 
-    def complete(
-        self, images: Tensor, num_rows: int, *, labels: Iterable[int] | None = None, seed: int = 0, **options: Any
-    ) -> Tensor:
-        """Keep the first rows of each image's code map and draw the rest: new images (N, C, S, T).
+    def complete(self, images: Tensor, num_rows: int, num_samples: int = 1, **options: Any) -> Tensor:
+        """Keep the first rows of each image's code map and draw the rest: those of `draw_completions`.
 
         Args:
             num_rows: rows of codes to keep, 0..H.
-            labels: one for each image. None draws each label from p(label | kept rows).
-            options: guidance, temperature, top_k and top_p of `draw`.
+            options: labels, seed and the others of `draw_completions`.
+        Returns:
+            new images (N num_samples, C, S, T), those of the first image first.
         Raises:
             InputError: images of another shape, or not in 0..1, or an option out of its range.
         """
-        height, generator = self.vqvae.map_shape[0], seeded(seed)
-        num_rows = require_whole("num_rows", num_rows, 0, height, f"try `num_rows={height // 2}`")
-        check_options(*(options.get(name) for name in ("guidance", "temperature", "top_k", "top_p")))
-        known = self.encode(images)
-        if labels is None:
-            joint = label_log_joint(self.prior, known, self.info.class_frequencies, num_rows=num_rows)
-            uniforms = torch.rand(len(known), generator=seeded(derive_seed(seed, "labels")), dtype=torch.float64)
-            drawn_labels = invert_cumulative(joint.softmax(dim=1), uniforms)
-        else:
-            drawn_labels = to_labels(labels, self.prior.num_classes, len(known))
-        known[:, num_rows:] = -1
-        options["guidance"] = self._guidance(options.get("guidance"))
-        maps = draw_maps(self.prior, len(known), generator, labels=drawn_labels, known_codes=known, **options)
-        return self.decode(maps)
+        return self.draw_completions(self.keep_rows(self.encode(images), num_rows), num_samples, **options).images
 
-    def _guidance(self, guidance: float | None) -> float:
-        """The default where none is given. Without classes there is nothing to guide by."""
-        default = GUIDANCE if self.prior.num_classes > 0 else 1.0
-        return default if guidance is None else guidance
+    def keep_rows(self, indices: Tensor, num_rows: int) -> Tensor:
+        """Code maps (N, H, W) of which the first rows are known, and -1 stands where a code is to be drawn.
+
+        Args:
+            num_rows: rows to keep, 0..H.
+        Raises:
+            InputError: another number of rows.
+        """
+        height = self.vqvae.map_shape[0]
+        num_rows = require_whole("num_rows", num_rows, 0, height, f"try `num_rows={height // 2}`")
+        return torch.cat([indices[:, :num_rows], torch.full_like(indices[:, num_rows:], -1)], dim=1)
+
+    def draw_completions(
+        self,
+        known_codes: Tensor,
+        num_samples: int = 1,
+        *,
+        labels: Iterable[int | str] | None = None,
+        seed: int = 0,
+        guidance: float | None = None,
+        **options: Any,
+    ) -> Samples:
+        """Keep the known codes of maps and draw the others: images, codes and labels, N num_samples of each.
+
+        The known codes may have any shape, but maps are drawn in raster order: what is drawn depends on the known codes
+        before it, and not on those after it. Sample s of map n takes the random numbers that `draw` takes for its
+        sample n num_samples + s. So a completion depends on the place of its map, but not on the other maps.
+
+        Args:
+            known_codes: (N, H, W) int64, codes to keep, and -1 where one is to be drawn.
+            num_samples: completions of each map. Those of the first map stand first.
+            labels: one for each map, by number or by name. None draws each label from p(label | the codes before the
+                first one to be drawn).
+            options: seed, guidance, temperature, top_k, top_p and progress of `draw`.
+        Raises:
+            InputError: maps of another shape or dtype, codes that do not exist, or an option out of its range.
+        """
+        generator = seeded(seed)
+        check_options(guidance, *(options.get(name) for name in ("temperature", "top_k", "top_p")))
+        check_maps("known codes", known_codes, self.prior.map_shape, self.prior.num_codes, least=-1)
+        num_samples = require_whole("num_samples", num_samples, 1, remedy="try `num_samples=1`")
+        require_samples(len(known_codes) * num_samples, 2 * math.prod(self.vqvae.image_shape))
+        with memory_for("num_samples"):
+            if labels is not None:
+                of_each = self._to_labels(labels, len(known_codes)).repeat_interleave(num_samples)
+            else:
+                frequencies, uniforms = self.info.class_frequencies, seeded(derive_seed(seed, "labels"))
+                of_each = draw_labels_given(self.prior, known_codes, frequencies, num_samples, uniforms)
+            known_codes = known_codes.repeat_interleave(num_samples, dim=0)
+            return self._draw(generator, of_each, guidance, known_codes=known_codes, **options)
+
+    def _draw(self, generator: torch.Generator, labels: Tensor, guidance: float | None, **options: Any) -> Samples:
+        """`draw_maps`, decoded. Without classes there is nothing to guide by."""
+        if guidance is None:
+            guidance = GUIDANCE if self.prior.num_classes > 0 else 1.0
+        indices = draw_maps(self.prior, len(labels), generator, labels=labels, guidance=guidance, **options)
+        return Samples(self.decode(indices), indices, labels)
+
+    def _to_labels(self, labels: Iterable[int | str], num: int | None = None) -> Tensor:
+        return to_labels(labels, self.prior.num_classes, num, class_names=self.info.class_names)
 
 
 def load(vqvae: str | Path | None = None, prior: str | Path | None = None, device: str | torch.device = "auto") -> Pair:

@@ -5,7 +5,6 @@ does not depend on the batch in which it is drawn, and two ways to compute the l
 """
 
 import math
-import re
 from collections.abc import Callable
 
 import torch
@@ -171,20 +170,3 @@ def draw_labels(frequencies: Tensor, num: int, generator: torch.Generator) -> Te
     if len(frequencies) == 0:
         return torch.zeros(num, dtype=torch.int64)
     return invert_cumulative(frequencies.double().expand(num, -1).contiguous(), uniforms)
-
-
-def parse_labels(text: str | None) -> list[int] | None:
-    """Labels written as "7", "0-9", "1,3,5", or as a mixture of these. None stays None.
-
-    Raises:
-        InputError: the text is not written so.
-    """
-    if text is None:
-        return None
-    labels: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)
-        if not match or int(match[1]) > int(match[2] or match[1]):
-            raise InputError(f"expected labels such as 7, 0-9 or 1,3,5, found {text!r}; try `labels=0-9`")
-        labels.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return labels

@@ -11,8 +11,8 @@ from torch import Tensor
 from prior.codes import Codes, extract_cached
 from prior.independent import baselines
 from prior.likelihood import maps_at_once, nats_per_code
+from prior.maps import draw_maps
 from prior.model import GatedPixelCNN, PriorConfig, layers_needed, load_prior
-from prior.pair import draw_maps
 from vqvae.codec import decode_images
 from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
 from vqvae.data.dataset import Dataset, DatasetInfo, digest, require_same_kind

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from prior.codes import extract
+from prior.maps import draw_maps
 from prior.model import PriorConfig
-from prior.pair import draw_maps
 from prior.train import PriorTask, PriorTraining, evaluate_prior
 from tests.helpers import CPU, log_rows, make_dataset, make_prior, make_split, make_vqvae
 from vqvae.data.dataset import Dataset

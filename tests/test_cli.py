@@ -32,7 +32,6 @@ from prior.evaluation.classifier_training import ClassifierTraining
 from prior.sampling import GUIDANCE
 from tests.helpers import FIXTURE, ROOT, Result, mnist, run, save_pair
 from vqvae import VQVAEConfig, VQVAETraining
-from vqvae.codec import reconstruct_split
 from vqvae.data.mnist import MNIST_MD5
 from vqvae.errors import Interrupted
 from vqvae.gaussian import draw_gaussian
@@ -44,7 +43,7 @@ VQVAE, PRIOR, CLASSIFIER = (RUN / f"{stage}.safetensors" for stage in ("vqvae", 
 SPLITS = ("train", "validation", "test")
 Patch = pytest.MonkeyPatch
 COMMANDS = ["train-vqvae", "train-prior", "train-classifier", "sample --mode pixelcnn"]
-COMMANDS += ["reconstruct", "compare", "evaluate"]
+COMMANDS += ["reconstruct", "complete", "score", "compare", "evaluate"]
 
 
 def succeed(*arguments: object) -> Result:
@@ -171,7 +170,9 @@ def test_training_says_what_it_reached_and_what_to_type_next(trained: tuple[Resu
 def test_printed_commands_run_as_printed_and_pictures_have_100_images(trained: tuple[Result, ...]) -> None:
     for command, name in ((next_command(trained[1]), "samples"), (["sample", "--mode", "gaussian"], "gaussian")):
         assert succeed(*command).stdout.endswith(f"\nwrote {name}.png\n")
-        assert picture_size(f"{name}.png") == (302, 302)  # 10x10 images of 28 pixels, 2 between and around them
+        width, height = picture_size(f"{name}.png")
+        assert width == 604  # ten images of 28 pixels, 2 between and around them, twice as large
+        assert height == 604 + (10 * 15 + 9 * 4) * (name == "samples")  # a line of captions above each row
         Path(f"{name}.png").unlink()
 
 
@@ -193,22 +194,12 @@ def test_sampled_arrays_are_those_of_the_library(options: str, draw: Any, pair: 
     assert_arrays(path, draw(pair, 23))
 
 
-def test_reconstructions_are_those_of_the_first_test_images(pair: Pair, tmp_path: Path) -> None:
-    path = tmp_path / "r.npz"
-    result = succeed("reconstruct", "--num-images", 30, "--output", path, "--device", "cpu")
-    assert result.stdout == f"weights: {VQVAE} (your run)\nwrote {path}\n"
-    assert_arrays(path, reconstruct_split(pair.vqvae, mnist().load_test(), 30))
-    result = succeed("reconstruct", "--output", tmp_path / "r.png")
-    assert result.stdout.endswith(f"wrote {tmp_path / 'r-original.png'}\nwrote {tmp_path / 'r.png'}\n")
-    assert picture_size(tmp_path / "r.png") == (302, 302)
-
-
 def test_the_comparison_prints_a_row_for_each_mode_and_writes_a_picture_or_arrays(tmp_path: Path) -> None:
     result = succeed("compare", "--num-samples", 20, "--output", tmp_path / "c.png")
     first, _, *rows, _, last = result.stdout.splitlines()
     assert (first, last) == (f"weights: {VQVAE} (your run) and {PRIOR} (your run)", f"wrote {tmp_path / 'c.png'}")
     assert [re.split(r"\W", row)[0] for row in rows] == ["real", "their", "gaussian", "gaussian", *["pixelcnn"] * 2]
-    assert picture_size(tmp_path / "c.png")[0] >= 302
+    assert picture_size(tmp_path / "c.png")[0] >= 604
     succeed("compare", "--output", tmp_path / "c.npz")
     with np.load(tmp_path / "c.npz") as file:
         assert file["images"].shape == (6 * 30, 1, 28, 28)
@@ -237,7 +228,9 @@ def test_the_command_printed_after_the_classifier_measures(trained: tuple[Result
         (f"train-prior --config smoke.toml --output-folder place --vqvae '{VQVAE}'", "prior.safetensors"),
         ("sample --mode gaussian --output place/s.npz", "s.npz"),
         ("sample --mode pixelcnn --output place/s.png", "s.png"),
-        ("reconstruct --output place/r.png", "r-original.png"),
+        ("reconstruct --output place/r.png", "r.png"),
+        ("complete --num-images 1 --output place/c.png", "c.png"),
+        ("score --num-images 1 --output place/s.csv", "s.csv"),
         ("compare --output place/c.png", "c.png"),
         ("evaluate --output-folder place --num-samples 100", "report.html"),
     ],
@@ -308,7 +301,7 @@ def test_the_flags_of_sample_compare_and_evaluate_reach_their_functions_with_one
     given = "--guidance 3 --temperature 0.5 --top-k 9 --top-p 0.7"
     for options, expected in (("", [GUIDANCE, None, None, None]), (given, [3.0, 0.5, 9, 0.7])):
         for labels in ("", "--label 3", "--labels 0-9"):
-            _, found = arguments_of("prior.pair.sample_codes", f"sample --mode pixelcnn {labels} {options}")
+            _, found = arguments_of("prior.maps.sample_codes", f"sample --mode pixelcnn {labels} {options}")
             assert [found[name] for name in ("guidance", "temperature", "top_k", "top_p")] == expected
     for options, given in (("", (None, 0)), ("--num-samples 20 --seed 7", (20, 7))):
         (found, _), named = arguments_of("prior.evaluation.comparison.compare_modes", f"compare {options}")
@@ -500,9 +493,9 @@ def test_processes_of_torchrun_join_before_the_command(monkeypatch: Patch) -> No
 def test_python_in_backticks_becomes_what_is_typed() -> None:
     message = "`num_samples` (`num_codes=8`), `code_dim`, `resume=True`, `download=False`, `vqvae='my run/v'`, "
     shown = "--num-samples (--k 8), --hidden-size, --resume, --no-download, --vqvae 'my run/v', "
-    message, shown = message + "`train_vqvae()`, `width`, `num_rows=3`, beta=3", shown + "python cli.py train-vqvae, "
+    message, shown = message + "`train_vqvae()`, `width`, `height=3`, beta=3", shown + "python cli.py train-vqvae, "
     with patch.object(sys, "argv", ["cli.py"]):
-        assert cli.as_flags(message) == shown + "width, num_rows=3, beta=3"
+        assert cli.as_flags(message) == shown + "width, height=3, beta=3"
         quoted = "`prior='`k` \\udcff'` `output=my new.png`"
         assert cli.as_flags(quoted) == r"--prior $'`k` \377' --output 'my new.png'"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prior.codes import extract
+from prior.maps import draw_maps
 from prior.model import GatedPixelCNN, load_prior
-from prior.pair import draw_maps
 from tests.helpers import CPU, SHIPPED, mnist
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE, load_vqvae

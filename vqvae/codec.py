@@ -6,9 +6,8 @@ No images at all are one empty batch, so that the result has its shape and its t
 import torch
 from torch import Tensor
 
-from vqvae.compute import eval_mode, in_batches, require_whole
-from vqvae.data.dataset import Split
-from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.compute import eval_mode, in_batches
+from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
 from vqvae.model import VQVAE
 
 BATCH = 500
@@ -41,17 +40,15 @@ def reconstruct_images(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
     return indices, decode_images(model, indices)
 
 
-def reconstruct_split(model: VQVAE, split: Split, num_images: int) -> dict[str, Tensor]:
-    """The first images of a split, through stage one and back.
+def reconstruct(model: VQVAE, images: Tensor) -> dict[str, Tensor]:
+    """Images (N, C, S, T) uint8 through stage one and back, with what that loses.
 
     Returns:
-        `images` and `reconstructions` (N, C, S, T) in 0..1, `indices` (N, H, W) and `labels` (N,), on the CPU.
-    Raises:
-        InputError: there are not so many images.
+        `images` and `reconstructions` (N, C, S, T) in 0..1, `indices` (N, H, W), and of each image's pixels the
+        `squared_error` and `psnr_db` (N,), all on the CPU.
     """
-    most = len(split.labels)
-    num_images = require_whole("num_images", num_images, 1, most, f"try `num_images={most}`")
-    images, labels = split.first(num_images)
-    indices, reconstructions = reconstruct_images(model, images)
     originals = to_unit_range(to_model_range(images))
-    return {"images": originals, "reconstructions": reconstructions, "indices": indices.cpu(), "labels": labels}
+    indices, reconstructions = reconstruct_images(model, images)
+    error, psnr = pixel_errors(originals, reconstructions)
+    arrays = {"images": originals, "reconstructions": reconstructions, "indices": indices.cpu()}
+    return {**arrays, "squared_error": error, "psnr_db": psnr}

@@ -1,61 +1,53 @@
-"""What a command writes for its user: a picture (.png) or arrays (.npz), by the name's ending."""
+"""What a command writes for its user: a picture (.png), arrays (.npz) or a table (.csv), by the name's ending."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from vqvae.errors import InputError
-from vqvae.pictures import save_grid
+from vqvae.pictures import COLUMNS, save_grid
 from vqvae.storage.files import require_writable, write_arrays
 
+KINDS = {".png": "a picture", ".npz": "arrays", ".csv": "a table"}
 
-def check_output(output: Path, *, with_original: bool = False) -> Path:
+
+def check_output(output: Path, *endings: str) -> Path:
     """The same path. Nothing is made there.
 
     Args:
-        with_original: `save_reconstructions` will write it, so a picture gets another beside it.
+        endings: of `KINDS`, those that the name may have. Without any, .png and .npz.
     Raises:
-        InputError: its name ends neither in .png nor in .npz, or it cannot be written.
+        InputError: its name has another ending, or it cannot be written.
     """
-    if output.suffix not in (".png", ".npz"):
+    endings = endings or (".png", ".npz")
+    if output.suffix not in endings:
         named = output / "images" if output.name in ("", "..") else output
+        expected = " or ".join(f"{ending} ({KINDS[ending]})" for ending in endings)
         raise InputError(
-            f"expected `output` to end in .png (a picture) or .npz (arrays), found {output}; "
-            f"try `output={named.with_name(f'{named.stem}.png')}`"
+            f"expected `output` to end in {expected}, found {output}; "
+            f"try `output={named.with_name(f'{named.stem}{endings[0]}')}`"
         )
     require_writable(output)
-    if with_original and output.suffix == ".png":
-        require_writable(_original(output))
     return output
 
 
-def save_images(output: Path, arrays: Mapping[str, Tensor], shown: str = "images") -> None:
+def save_images(
+    output: Path,
+    arrays: Mapping[str, Tensor | Sequence[str]],
+    shown: Tensor,
+    *,
+    columns: int = COLUMNS,
+    captions: Sequence[str] = (),
+) -> None:
     """Write a grid of the images that are shown as .png, or all arrays as .npz.
 
     Args:
-        shown: the name of the images (N, C, S, T) in 0..1 among the arrays.
+        shown: images (N, C, S, T) in 0..1.
+        columns, captions: of the grid; see `pictures.grid_png`.
     """
     if output.suffix == ".npz":
         write_arrays(output, {name: np.asarray(values) for name, values in arrays.items()})
     else:
-        save_grid(arrays[shown], output)
-
-
-def save_reconstructions(output: Path, arrays: Mapping[str, Tensor]) -> list[Path]:
-    """`save_images` of the reconstructions. A picture gets another beside it, <name>-original.png.
-
-    Returns:
-        the files that were written.
-    """
-    written = []
-    if output.suffix == ".png":
-        written.append(_original(output))
-        save_images(written[0], arrays)
-    save_images(output, arrays, shown="reconstructions")
-    return [*written, output]
-
-
-def _original(output: Path) -> Path:
-    return output.with_name(f"{output.stem}-original.png")
+        save_grid(shown, output, columns, captions)

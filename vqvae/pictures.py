@@ -1,10 +1,11 @@
-"""Pictures of images: plain grids, and sheets of several grids with titles."""
+"""Pictures of images: grids, with captions or without, and sheets of several grids with titles."""
 
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +17,8 @@ from vqvae.storage.files import write_atomically
 PADDING = 2  # pixels between two images
 COLUMNS = 10
 GREY = 0.5
+LEAST_SIDE = 56  # of an image in a picture; a smaller one is enlarged
+CAPTION_HEIGHT, CAPTION_SIZES = 15, (12, 11, 10, 9)  # pixels
 
 
 def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
@@ -33,63 +36,101 @@ def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
     return F.pad(picture, (0, PADDING, 0, PADDING), value=GREY).expand(3, -1, -1)
 
 
-def grid_png(images: Tensor) -> bytes:
-    """Images (N, C, H, W) in 0..1 as a grid in the PNG format."""
-    return _to_png(_to_image(grid(images)))
+def pairs(upper: Tensor, lower: Tensor) -> Tensor:
+    """Images (N, C, H, W) above others, in rows of a grid: (M, C, H, W), with grey ones where the last row ends."""
+    columns = min(len(upper), COLUMNS)
+    both = F.pad(torch.stack([upper, lower]), (0, 0, 0, 0, 0, 0, 0, -len(upper) % columns), value=GREY)
+    return rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write images (N, C, H, W) in 0..1 as a grid to a PNG file."""
-    write_atomically(path, grid_png(images))
+def columns_for(num: int) -> int:
+    """Columns of a grid whose images repeat after `num`, so that each column shows the same where that is possible."""
+    return COLUMNS // num * num or COLUMNS
+
+
+def grid_png(images: Tensor, columns: int = COLUMNS, captions: Sequence[str] = ()) -> bytes:
+    """Images (N, C, H, W) in 0..1 as a grid in the PNG format, large enough to look at.
+
+    Args:
+        columns: images in a row, where there are as many.
+        captions: one for each image, or none at all. Where all rows have the same, it stands above the first one only.
+    """
+    picture = _enlarged(images, columns)
+    if captions:
+        picture = _captioned(picture, captions, min(len(images), columns), images)
+    return _to_png(picture)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = COLUMNS, captions: Sequence[str] = ()) -> None:
+    """Write the grid of `grid_png` to a file."""
+    write_atomically(path, grid_png(images, columns, captions))
 
 
 def save_sheet(
-    sections: list[tuple[str, Tensor]],
-    path: Path,
-    columns: int = COLUMNS,
-    scale: int = 2,
-    heads: Sequence[str] = (),
+    sections: list[tuple[str, Tensor]], path: Path, columns: int = COLUMNS, heads: Sequence[str] = ()
 ) -> None:
     """Write several grids to one PNG file, one below the other, each under its title.
 
     Args:
         sections: (title, images (N, C, H, W) in 0..1) from top to bottom.
         columns: images in a row.
-        scale: how many times each grid is enlarged.
-        heads: a name for each column, which stands above the first grid. They are left out if one is too long.
+        heads: a name for each column, which stands above the first grid.
     """
     font = ImageFont.load_default(size=16)
-    margin, title_height, head_height = 12, 30, 20
-    pictures = []
-    for _, images in sections:
-        small = _to_image(grid(images, columns))
-        pictures.append(small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST))
-    step = scale * (sections[0][1].shape[3] + PADDING)  # from one column to the next
-    small_fonts = [ImageFont.load_default(size=size) for size in range(13, 8, -1)]
-    fitting = [small for small in small_fonts if all(small.getlength(head) < step for head in heads)]
-    heads = heads if fitting else ()
+    margin, title_height = 12, 30
+    pictures = [_enlarged(images, columns) for _, images in sections]
+    if heads:
+        pictures[0] = _captioned(pictures[0], heads, columns, sections[0][1])
     titles = [math.ceil(font.getlength(title)) for title, _ in sections]
     width = max(*titles, *(picture.width for picture in pictures)) + 2 * margin
-    height = sum(picture.height + title_height for picture in pictures) + margin + head_height * bool(heads)
+    height = sum(picture.height + title_height for picture in pictures) + margin
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
     for (title, _), picture in zip(sections, pictures, strict=True):
         draw.text((margin, top + 7), title, fill="black", font=font)
-        top += title_height
-        for column, head in enumerate(heads):
-            center = margin + scale * PADDING // 2 + step * (column + 0.5)
-            draw.text((center, top + head_height / 2), head, fill="black", font=fitting[0], anchor="mm")
-        top += head_height * bool(heads)
-        heads = ()  # above the first grid alone
-        sheet.paste(picture, (margin, top))
-        top += picture.height
+        sheet.paste(picture, (margin, top + title_height))
+        top += title_height + picture.height
     write_atomically(path, _to_png(sheet))
 
 
-def _to_image(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) in 0..1 as 8-bit RGB, each value rounded to the nearest."""
-    return Image.fromarray(rearrange(to_bytes(picture), "c h w -> h w c").numpy())
+def _enlarged(images: Tensor, columns: int) -> Image.Image:
+    """A grid of which each pixel becomes a square of pixels, so that small images are large enough to look at."""
+    small = Image.fromarray(rearrange(to_bytes(grid(images, columns)), "c h w -> h w c").numpy())
+    scale = _scale(images)
+    return small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)
+
+
+def _scale(images: Tensor) -> int:
+    return -(-LEAST_SIDE // min(images.shape[2:]))
+
+
+def _captioned(picture: Image.Image, captions: Sequence[str], columns: int, images: Tensor) -> Image.Image:
+    """A grid of images with a caption above each of its cells, or above each column, where its rows have the same.
+
+    The captions are as large as lets the longest fit. If none of the sizes does, the longest are cut.
+    """
+    height, width = ((side + PADDING) * _scale(images) for side in images.shape[2:])
+    rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
+    if all(row == rows[0][: len(row)] for row in rows):
+        rows = [rows[0]] + [()] * (-(-len(images) // columns) - 1)
+    fonts = [ImageFont.load_default(size=size) for size in CAPTION_SIZES]
+    font = next((font for font in fonts if all(font.getlength(text) < width for text in captions)), fonts[-1])
+    padding = picture.height - len(rows) * height  # below a row; the next one begins with it too
+    num_captioned = sum(map(bool, rows))
+    shown_height = picture.height + num_captioned * CAPTION_HEIGHT + (num_captioned - 1) * padding
+    shown = Image.new("RGB", (picture.width, shown_height), "white")
+    draw, bottom = ImageDraw.Draw(shown), 0
+    for number, row in enumerate(rows):
+        top = bottom if row else bottom - padding
+        for column, text in enumerate(row):
+            while len(text) > 1 and draw.textlength(text, font) > width:
+                text = f"{text[:-2]}\u2026"
+            draw.text((column * width + width / 2, top + 1), text, fill="black", font=font, anchor="ma")
+        top += CAPTION_HEIGHT if row else 0
+        bottom = top + height + padding
+        shown.paste(picture.crop((0, number * height, picture.width, (number + 1) * height + padding)), (0, top))
+    return shown
 
 
 def _to_png(image: Image.Image) -> bytes:

@@ -13,7 +13,7 @@ from vqvae.compute import eval_mode, in_batches, pick_device, require_memory_to_
 from vqvae.console import remark
 from vqvae.data.dataset import Dataset, DatasetInfo, Split, digest
 from vqvae.data.load import load_dataset
-from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
 from vqvae.distributed import all_reduce_sum, main_first, shard
 from vqvae.errors import InputError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae, map_shape_of
@@ -96,8 +96,7 @@ def evaluate_vqvae(
         for rows in shard(in_batches(len(split.labels), EVALUATION_BATCH)):
             images = split.images[rows].to(model.device)
             terms, x_hat, indices = loss_terms(model, images, training, predictor)
-            error = (x_hat - to_unit_range(to_model_range(images))).square().flatten(1).mean(1)
-            psnr = -10 * error.clamp(min=1e-10).log10()
+            error, psnr = pixel_errors(x_hat, to_unit_range(to_model_range(images)))
             averager.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
             counts += count_codes(indices, num_codes)
     counts = all_reduce_sum(counts)

@@ -11,7 +11,8 @@ from torch import Tensor
 from prior.evaluation.metrics import nearest
 from prior.evaluation.sets import unit_images, unit_vectors
 from prior.likelihood import mixture_nats_per_map
-from prior.pair import Pair, draw_maps
+from prior.maps import draw_maps
+from prior.pair import Pair
 from prior.sampling import GUIDANCE, draw_labels
 from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode
@@ -23,7 +24,6 @@ from vqvae.quantizer import codes_used, count_codes
 from vqvae.storage.files import write_arrays
 
 NUM_ROWS = 3  # of each mode, where no number is given
-CELL = 72  # pixels of an enlarged image on the sheet, at most; a larger image is not enlarged
 UNLABELLED = -1  # in the labels of a mode that draws for no label
 
 
@@ -111,9 +111,8 @@ def save_comparison(modes: list[Mode], output: Path, class_names: Sequence[str])
     """
     if output.suffix == ".png":
         heads = class_names if len(class_names) > 1 else ()
-        scale = max(CELL // max(modes[0].images.shape[2:]), 1)
         sections = [(mode.title, mode.images) for mode in modes]
-        save_sheet(sections, output, len(heads) or COLUMNS, scale, heads)
+        save_sheet(sections, output, len(heads) or COLUMNS, heads)
         return
     names = np.array([mode.name for mode in modes for _ in mode.labels])
     arrays = {name: torch.cat([getattr(m, name) for m in modes]).numpy() for name in ("images", "indices", "labels")}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from prior.independent import draw_independently, uniform
+from prior.maps import draw_maps
 from prior.model import GatedPixelCNN
-from prior.pair import draw_maps
 from prior.sampling import draw_labels
 from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode

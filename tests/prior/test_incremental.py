@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prior import kernels
 from prior.incremental import IncrementalLogits
+from prior.maps import draw_maps
 from prior.model import GatedPixelCNN
-from prior.pair import draw_maps
 from prior.sampling import LogitsAt, sample_codes
 from tests.helpers import make_prior, random_maps
 

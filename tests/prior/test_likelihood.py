@@ -62,7 +62,9 @@ def test_a_fresh_network_is_near_log_k() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 1000])
-def test_codes_maps_first_rows_and_positions_have_their_likelihood(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_maps_their_parts_and_positions_have_their_likelihood(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(likelihood, "BATCH", batch)
     network = make_sharp_prior()
     codes = make_codes(11, network)
@@ -70,12 +72,14 @@ def test_codes_maps_first_rows_and_positions_have_their_likelihood(batch: int, m
     assert nats_per_code(network, *codes).item() == pytest.approx(nats.mean(), abs=1e-5)
     assert nats_per_code(network, codes.indices, None).item() == pytest.approx(nats_unlabelled.mean(), abs=1e-5)
     network.train()
-    for num_rows in (None, 2, 1, 0):
-        found = nats_per_map(network, *codes, num_rows)
+    some = torch.rand(codes.indices.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    for counted in (None, some, torch.zeros_like(some)):
+        of_all = np.ones(some.shape) if counted is None else counted.numpy()
+        found = nats_per_map(network, *codes, counted)
         assert found.dtype == torch.float64
-        np.testing.assert_allclose(found, nats[:, :num_rows].sum(axis=(1, 2)), atol=2e-5)
-        found = nats_per_map(network, codes.indices, None, num_rows)
-        np.testing.assert_allclose(found, nats_unlabelled[:, :num_rows].sum(axis=(1, 2)), atol=2e-5)
+        np.testing.assert_allclose(found, (nats * of_all).sum(axis=(1, 2)), atol=2e-5)
+        found = nats_per_map(network, codes.indices, None, counted)
+        np.testing.assert_allclose(found, (nats_unlabelled * of_all).sum(axis=(1, 2)), atol=2e-5)
     np.testing.assert_allclose(nats_by_position(network, codes), nats.mean(axis=0), atol=1e-5)
     assert network.training
 
@@ -92,9 +96,11 @@ def test_the_probabilities_of_all_maps_sum_to_1_under_every_label_and_without() 
 def test_the_joint_and_the_mixture_are_those_of_a_sum_over_labels_by_brute_force(num_rows: int | None) -> None:
     network, done = make_sharp_prior(), []
     maps = random_maps(7, network)
+    counted = torch.ones(7, 2, 3).bool()
+    counted[:, num_rows:] = num_rows is None
     nats = np.stack([nats_by_hand(network, maps, [label] * 7)[:, :num_rows].sum(axis=(1, 2)) for label in range(3)])
     joint = FREQUENCIES.double().numpy()[:, None] * np.exp(-nats)  # (labels, maps)
-    found = label_log_joint(network, maps, FREQUENCIES, num_rows=num_rows, progress=done.append)
+    found = label_log_joint(network, maps, FREQUENCIES, counted=counted, progress=done.append)
     assert found.shape == (7, 3)
     np.testing.assert_allclose(found.exp(), joint.T, rtol=1e-4)
     assert done == [7] * 3

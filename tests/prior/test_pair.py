@@ -12,7 +12,8 @@ from torch import Tensor
 
 import prior
 from prior.likelihood import label_log_joint, nats_per_map
-from prior.pair import Pair, draw_maps
+from prior.maps import draw_maps
+from prior.pair import Pair
 from prior.sampling import GUIDANCE, draw_labels, invert_cumulative
 from tests.helpers import SHIPPED, make_info, make_prior, make_split, save_pair
 from vqvae.compute import derive_seed
@@ -105,11 +106,10 @@ def test_what_is_no_whole_number_is_refused_by_its_argument(pair: Pair, value: A
         "labels": [lambda: pair.draw(labels=[value]), lambda: pair.log_likelihood(x, [value])],
         "seed": [lambda: pair.draw(seed=value), lambda: pair.complete(x, 1, seed=value)],
         "num_rows": [lambda: pair.complete(x, value)],
-        "num_samples": [
-            lambda: draw_maps(pair.prior, value, seeded(0)),
-            lambda: draw_gaussian(vqvae, "latent", value, 0),
-        ],
+        "num_samples": [lambda: pair.complete(x, 1, value)],
     }
+    calls["num_samples"].append(lambda: draw_maps(pair.prior, value, seeded(0)))
+    calls["num_samples"].append(lambda: draw_gaussian(vqvae, "latent", value, 0))
     calls["seed"].append(lambda: draw_gaussian(vqvae, "image", 1, value))
     for name, several in calls.items():
         for call in several:
@@ -132,7 +132,7 @@ def test_more_samples_than_fit_into_memory_are_refused_by_arithmetic(
 
 
 def test_memory_that_runs_out_while_drawing_is_one_sentence(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prior.pair, "sample_codes", lambda *_, **__: torch.empty(10**15))
+    monkeypatch.setattr(prior.maps, "sample_codes", lambda *_, **__: torch.empty(10**15))
     with pytest.raises(InputError, match="expected enough memory for this `num_samples`"):
         pair.draw(2)
 
@@ -256,11 +256,91 @@ def test_a_completion_keeps_the_first_rows_and_draws_the_rest(pair: Pair) -> Non
 def test_without_labels_a_completion_draws_each_label_given_the_kept_rows_alone(pair: Pair, num_rows: int) -> None:
     x = images(40)
     found = pair.complete(x, num_rows, seed=6)
-    joint = label_log_joint(pair.prior, pair.encode(x), pair.info.class_frequencies, num_rows=num_rows)
+    counted = torch.zeros(40, *MAP_SHAPE).bool()
+    counted[:, :num_rows] = True
+    joint = label_log_joint(pair.prior, pair.encode(x), pair.info.class_frequencies, counted=counted)
     uniforms = torch.rand(40, generator=seeded(derive_seed(6, "labels")), dtype=torch.float64)
     labels = invert_cumulative(joint.softmax(dim=1), uniforms)
     assert torch.equal(found, pair.complete(x, num_rows, labels=labels, seed=6))
     assert torch.equal(found, pair.sample(40, seed=6)) == (num_rows == 0)
+
+
+def random_knowledge(num: int) -> Tensor:
+    """Code maps of which each has another share of codes unknown, from none to all, anywhere."""
+    share = torch.arange(num)[:, None, None] / (num - 1)
+    unknown = torch.rand(num, *MAP_SHAPE, generator=seeded(3)) < share
+    codes = torch.randint(16, (num, *MAP_SHAPE), generator=seeded(4))
+    return torch.where(unknown, -1, codes)
+
+
+def complete_by_hand(pair: Pair, known: Tensor, labels: list[int], seed: int, guidance: float) -> Tensor:
+    """Each map on its own, each code by a pass over a map in which garbage stands where nothing was drawn yet."""
+    network, maps = pair.prior, torch.full_like(known, 15)
+    uniforms = torch.rand(known.shape, generator=seeded(seed), dtype=torch.float64)
+    for n, i, j in np.ndindex(*known.shape):
+        both = torch.tensor([labels[n], network.no_label])
+        with torch.no_grad():
+            labelled, unlabelled = network(maps[[n, n]], both)[:, :, i, j].softmax(dim=1).log()
+        cumulative = (unlabelled + guidance * (labelled - unlabelled)).softmax(dim=0).double().cumsum(dim=0)
+        drawn = int((cumulative <= uniforms[n, i, j] * cumulative[-1]).sum())
+        maps[n, i, j] = known[n, i, j] if known[n, i, j] >= 0 else drawn
+    return maps
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_known_codes_of_any_shape_are_kept_and_the_others_are_those_of_the_plain_network(
+    pair: Pair, guidance: float
+) -> None:
+    known, labels = random_knowledge(20), [n % 5 for n in range(20)]
+    found = pair.draw_completions(known, labels=labels, seed=7, guidance=guidance)
+    assert torch.equal(found.indices[known >= 0], known[known >= 0])
+    assert torch.equal(found.indices, complete_by_hand(pair, known, labels, 7, guidance))
+    assert torch.equal(found.images, pair.decode(found.indices))
+
+
+def test_what_is_drawn_depends_only_on_known_codes_before_it_and_so_does_the_label(pair: Pair) -> None:
+    known = random_knowledge(12)
+    expected = pair.draw_completions(known, seed=7)
+    for place in range(known[0].numel()):
+        changed = known.flatten(1).clone()
+        changed[:, place] = torch.where(changed[:, place] >= 0, (changed[:, place] + 5) % 16, -1)
+        found = pair.draw_completions(changed.view_as(known), seed=7)
+        before = slice(0, place)
+        later = (known.flatten(1)[:, before] < 0).any(dim=1)  # it stands after a code that is drawn
+        assert torch.equal(found.labels[later], expected.labels[later])
+        assert torch.equal(found.indices.flatten(1)[later, before], expected.indices.flatten(1)[later, before])
+    unknown = torch.full((2, *MAP_SHAPE), -1)
+    assert torch.equal(pair.draw_completions(unknown, 6, seed=9).indices, pair.draw(12, seed=9).indices)
+
+
+@pytest.mark.parametrize("labels", [None, ["class 4", 0, 2]])
+def test_several_completions_of_an_image_are_drawn_at_once_and_do_not_depend_on_the_images_after_it(
+    pair: Pair, labels: list[int | str] | None
+) -> None:
+    x = images(3)
+    known = pair.keep_rows(pair.encode(x), 1)
+    found = pair.draw_completions(known, 4, labels=labels, seed=2)
+    assert len(found.indices.unflatten(0, (3, 4))[0].unique(dim=0)) == 4
+    numbers = found.labels if labels is None else torch.tensor([4, 0, 2]).repeat_interleave(4)
+    again = pair.draw_completions(known.repeat_interleave(4, dim=0), labels=numbers, seed=2)
+    for one, other in zip(again, found, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(pair.complete(x[:2], 1, 4, labels=labels and labels[:2], seed=2), found.images[:8])
+
+
+def test_known_codes_that_no_map_has_are_refused(pair: Pair) -> None:
+    for wrong in (torch.full((1, 3, 4), -1), torch.full((1, *MAP_SHAPE), 16), torch.zeros(1, *MAP_SHAPE)):
+        with pytest.raises(InputError, match=r"expected known codes (in -1..15|as torch.int64)"):
+            pair.draw_completions(wrong)
+
+
+def test_labels_may_be_the_names_of_classes(pair: Pair) -> None:
+    x, names, numbers = images(2), ["class 3", "class 0"], [3, 0]
+    assert pair.draw(labels=names).labels.tolist() == numbers
+    assert torch.equal(pair.log_likelihood(x, names), pair.log_likelihood(x, numbers))
+    assert torch.equal(pair.complete(x, 1, labels=names), pair.complete(x, 1, labels=numbers))
+    with pytest.raises(InputError, match=r"\(class 0, .*, class 4\), found 'klass 3'; did you mean 'class 3'\?"):
+        pair.draw(labels=["klass 3"])
 
 
 def test_a_pair_is_loaded_from_two_files_or_by_default_from_the_shipped_weights(

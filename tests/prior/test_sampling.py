@@ -21,7 +21,6 @@ from prior.sampling import (
     draw_labels,
     guided,
     invert_cumulative,
-    parse_labels,
     sample_codes,
 )
 from vqvae.errors import InputError
@@ -231,14 +230,3 @@ def test_without_classes_every_label_is_0_and_as_many_random_numbers_are_taken()
     assert draw_labels(torch.zeros(0), 4, one).tolist() == [0] * 4
     draw_labels(torch.ones(3) / 3, 4, other)
     assert torch.equal(one.get_state(), other.get_state())
-
-
-def test_labels_are_parsed_as_numbers_ranges_and_mixtures() -> None:
-    for text, labels in (("7", [7]), ("0-3", [0, 1, 2, 3]), ("1,30,5", [1, 30, 5]), ("2,0-1,5-5", [2, 0, 1, 5])):
-        assert parse_labels(text) == labels
-
-
-@pytest.mark.parametrize("text", ["", "a", "1,", ",1", "3-1", "-1", "1-", "1-2-3", "1.5", "1 2", "12345", "٣", "1\n"])
-def test_labels_written_otherwise_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=re.escape(f"expected labels such as 7, 0-9 or 1,3,5, found {text!r}; try ")):
-        parse_labels(text)

@@ -4,8 +4,7 @@ from torch.testing import assert_close
 
 from tests.helpers import make_split, make_vqvae
 from vqvae import codec
-from vqvae.codec import decode_images, encode_images, reconstruct_images, reconstruct_split
-from vqvae.errors import InputError
+from vqvae.codec import decode_images, encode_images, reconstruct, reconstruct_images
 from vqvae.model import VQVAE
 
 SPLIT = make_split(16)
@@ -43,12 +42,10 @@ def test_no_images_are_no_codes_and_no_images(model: VQVAE) -> None:
     assert (x_hat.shape, x_hat.dtype) == ((0, *model.image_shape), torch.float32)
 
 
-def test_as_many_images_of_a_split_are_reconstructed_as_it_has(model: VQVAE) -> None:
-    indices, reconstructions = reconstruct_images(model, SPLIT.images[:4])
-    first = {"images": SPLIT.images[:4] / 255, "labels": SPLIT.labels[:4]}
-    found = reconstruct_split(model, SPLIT, 4)
-    assert_close(found, {**first, "indices": indices, "reconstructions": reconstructions}, rtol=0, atol=1e-6)
-    assert len(reconstruct_split(model, SPLIT, 16)["labels"]) == 16
-    for num in (0, 17):
-        with pytest.raises(InputError, match=f"`num_images` between 1 and 16, found {num}; try `num_images=16`"):
-            reconstruct_split(model, SPLIT, num)
+def test_a_reconstruction_says_what_it_loses_of_each_image(model: VQVAE) -> None:
+    indices, reconstructions = reconstruct_images(model, SPLIT.images)
+    originals = SPLIT.images / 255
+    error = (originals - reconstructions).square().flatten(1).mean(dim=1)
+    expected = {"images": originals, "reconstructions": reconstructions, "indices": indices}
+    expected |= {"squared_error": error, "psnr_db": 10 * (1 / error).log10()}
+    assert_close(reconstruct(model, SPLIT.images), expected, rtol=0, atol=1e-5)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 
 from tests.helpers import make_split
 from vqvae.errors import InputError
-from vqvae.output import check_output, save_images, save_reconstructions
+from vqvae.output import check_output, save_images
 from vqvae.pictures import grid_png
 
 IMAGES, OTHERS = make_split(3).images / 255, make_split(3, seed=1).images / 255
@@ -30,20 +31,24 @@ def test_an_ending_other_than_png_and_npz_is_refused_and_the_name_to_try_is_acce
     assert not any(tmp_path.iterdir())
 
 
-def test_an_output_that_cannot_be_written_is_refused_and_so_is_a_picture_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "r-original.png").mkdir()
-    for name, options in (("r-original.png", {}), ("r.png", {"with_original": True})):
-        with pytest.raises(InputError, match=r"^expected to write .*r-original.png: Is a directory; mend that, or"):
-            check_output(tmp_path / name, **options)
-    assert check_output(tmp_path / "r.png") == tmp_path / "r.png"
+def test_a_command_may_write_files_of_other_kinds() -> None:
+    assert check_output(Path("a.csv"), ".csv", ".npz") == Path("a.csv")
+    expected = "expected `output` to end in .csv (a table) or .npz (arrays), found a.png; try `output=a.csv`"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        check_output(Path("a.png"), ".csv", ".npz")
 
 
-def test_arrays_keep_their_names_values_and_types_and_a_picture_has_the_originals_beside_it(tmp_path: Path) -> None:
-    save_images(tmp_path / "a.npz", ARRAYS)
-    assert save_reconstructions(tmp_path / "b.npz", ARRAYS) == [tmp_path / "b.npz"]
-    for name in ("a.npz", "b.npz"):
-        with np.load(tmp_path / name) as found:
-            torch.testing.assert_close({key: torch.from_numpy(found[key]) for key in found}, ARRAYS, rtol=0, atol=0)
-    written = save_reconstructions(tmp_path / "r.png", ARRAYS)
-    assert written == [tmp_path / "r-original.png", tmp_path / "r.png"]
-    assert [path.read_bytes() for path in written] == [grid_png(IMAGES), grid_png(OTHERS)]
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.png").mkdir()
+    with pytest.raises(InputError, match=r"^expected to write .*r.png: Is a directory; mend that, or"):
+        check_output(tmp_path / "r.png")
+
+
+def test_arrays_keep_their_names_values_and_types_and_a_picture_shows_what_it_is_given(tmp_path: Path) -> None:
+    save_images(tmp_path / "a.npz", {**ARRAYS, "names": ("a.png", "b c.png", "\udcff")}, IMAGES)
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["names"].tolist() == ["a.png", "b c.png", "\udcff"]
+        arrays = {key: torch.from_numpy(found[key]) for key in found if key != "names"}
+    torch.testing.assert_close(arrays, ARRAYS, rtol=0, atol=0)
+    save_images(tmp_path / "a.png", ARRAYS, OTHERS, columns=2, captions=["a", "b", "c"])
+    assert (tmp_path / "a.png").read_bytes() == grid_png(OTHERS, 2, ["a", "b", "c"])

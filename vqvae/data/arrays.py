@@ -50,6 +50,25 @@ def load_arrays(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
     return load_prepared(path, state, wanted, data_folder, partial(_read, path))
 
 
+def read_images(
+    path: Path, image_shape: tuple[int, int, int]
+) -> tuple[tuple[int, int, int], Iterator[tuple[int, Tensor]]]:
+    """The images in an .npz file without a dataset around them.
+
+    Args:
+        image_shape: (C, H, W), which they get.
+    Returns:
+        the shape (C, H, W) that they have in the file, and the number of each and its pixels.
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it holds something else.
+    """
+    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
+        channels_first, (_, *found) = _layout(path, _header(path, archive, "images"))
+    channels, height, width = found
+    return (channels, height, width), _images(path, channels_first, (channels, height, width), image_shape)
+
+
 def _read(path: Path, wanted: Wanted) -> Material:
     """The labels of a file, and its images to be read."""
     with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:

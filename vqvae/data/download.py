@@ -6,13 +6,11 @@ at a time.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.client import HTTPException
 from pathlib import Path
 from time import monotonic
@@ -22,13 +20,12 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from vqvae.console import progress, remark
 from vqvae.data.archive import FALLBACK_PACKAGE, MAX_ARCHIVE, archive_in_wheel, read_fallback_archive
 from vqvae.data.idx import FILES, IdxSet, Sums, exists, is_original, md5_of, read_arrays, to_idx, unpack
 from vqvae.errors import MissingFileError
-from vqvae.storage.files import SCRATCH, refusals, write_atomically
+from vqvae.storage.files import SCRATCH, alone_in, refusals, write_atomically
 
 TIMEOUT_S = 20.0  # of a mirror that says nothing
 MIN_RATE = 1000  # bytes a second, of a mirror that says something
@@ -84,7 +81,7 @@ def fetch(known: IdxSet, raw: Path, sums: Sums) -> None:
         MissingFileError: neither the mirrors nor the package index brought them.
         InputError: the folder cannot be written, or the package index sent something else.
     """
-    with alone_in(raw, known.title):
+    with writing(raw, known.title), alone_in(raw, f"downloads {known.title}"):
         present = set(read_arrays(known, raw, sums))  # another process may have brought them by now
         names = [name for name in FILES if name not in present]
         if not all(is_original(known, name, sums) for name in names):
@@ -94,29 +91,9 @@ def fetch(known: IdxSet, raw: Path, sums: Sums) -> None:
         _fetch(known, raw, names)
 
 
-@contextmanager
-def alone_in(folder: Path, title: str) -> Iterator[None]:
-    """Inside, no other process downloads to the folder, and nothing is left there by one that was killed.
-
-    Args:
-        title: of what is downloaded.
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    with refusals(f"expected to write {title} to {folder}", "name another `data_folder`"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            remark(f"another process downloads {title} to {folder}; waiting for its end")
-            lock.acquire()
-        try:
-            for left in folder.glob(f".*{SCRATCH}"):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
+def writing(folder: Path, title: str) -> AbstractContextManager[None]:
+    """Inside, what the operating system refuses becomes an `InputError`, which says that a set cannot be written."""
+    return refusals(f"expected to write {title} to {folder}", "name another `data_folder`")
 
 
 def _fetch(known: IdxSet, raw: Path, names: list[str]) -> None:

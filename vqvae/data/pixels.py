@@ -52,3 +52,12 @@ def from_unit_range(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor
         least, most = (plain(value) for value in (images.min().cpu().numpy(), images.max().cpu().numpy()))
         raise InputError(f"expected images with values in 0..1, found values from {least} to {most}; scale them first")
     return images * 2 - 1
+
+
+def pixel_errors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean squared error and the PSNR in dB, (N,) each, of images (N, C, H, W) in 0..1 from others.
+
+    Images that are equal have 100 dB, where the PSNR would be infinite.
+    """
+    error = (x - y).square().flatten(1).mean(1)
+    return error, -10 * error.clamp(min=1e-10).log10()

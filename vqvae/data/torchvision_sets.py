@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Deformation, Split, split_validation
-from vqvae.data.download import TIMEOUT_S, alone_in, one_line
+from vqvae.data.download import TIMEOUT_S, one_line, writing
 from vqvae.data.idx import MAX_IDX, IdxSet, exists, md5_of
 from vqvae.data.mnist import HANDWRITING, load_mnist
 from vqvae.errors import InputError, MissingFileError, is_out_of_memory
-from vqvae.storage.files import SCRATCH, open_checked, read_at_most
+from vqvae.storage.files import SCRATCH, alone_in, open_checked, read_at_most
 
 THINGS = Deformation(flips=True)  # a shoe or a car shows its other side
 FASHION_MD5 = {  # of the four original files, not packed; Debian has packed them anew
@@ -186,7 +186,7 @@ def _compare(known: _OwnClass, folder: Path) -> None:
 
 def _fetch(known: _OwnClass, folder: Path) -> None:
     """Let torchvision download to a scratch folder, from which the files that are missing go to their place."""
-    with alone_in(folder, known.title):
+    with writing(folder, known.title), alone_in(folder, f"downloads {known.title}"):
         missing = _missing(known, folder)  # another process may have brought them by now
         if not missing:
             return

@@ -11,7 +11,7 @@ from PIL import Image
 
 from prior.evaluation.comparison import as_text, compare_modes, first_of_each_class, save_comparison
 from prior.likelihood import nats_per_map
-from prior.pair import draw_maps
+from prior.maps import draw_maps
 from prior.sampling import GUIDANCE, draw_labels
 from tests.helpers import make_dataset, make_split, save_pair
 from tests.prior.evaluation.test_metrics import all_distances
@@ -79,11 +79,11 @@ def test_every_mode_has_its_images_and_figures_and_is_in_the_table_and_the_files
     assert arrays["modes"].tolist() == [name for name in modes for _ in range(num)]
     for name in ("images", "indices", "labels"):
         assert np.array_equal(arrays[name], torch.cat([getattr(mode, name) for mode in found]).numpy())
-    (_, height, width), scale = SHAPES[num_classes], 3 if num_classes == 0 else 2
+    (_, height, width), scale = SHAPES[num_classes], -(-56 // min(SHAPES[num_classes][1:]))
     with Image.open(tmp_path / "c.png") as sheet:  # two rows of as many columns as there are classes, or else ten
         grid = scale * (columns * (width + 2) + 2)
         assert sheet.width == grid + 24 or (columns == 3 and sheet.width > grid + 24)  # a title is wider
-        assert sheet.height == len(modes) * (scale * (2 * (height + 2) + 2) + 30) + 12 + 20 * (num_classes > 0)
+        assert sheet.height == len(modes) * (scale * (2 * (height + 2) + 2) + 30) + 12 + 15 * (num_classes > 0)
 
 
 def test_samples_that_make_no_whole_rows_and_other_data_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from prior.evaluation.sets import (
     unit_images,
 )
 from prior.independent import draw_independently
-from prior.pair import draw_maps
+from prior.maps import draw_maps
 from prior.sampling import draw_labels
 from tests.helpers import make_info, make_prior, make_split, make_vqvae, random_maps
 from vqvae.codec import encode_images

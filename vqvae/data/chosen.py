@@ -1,0 +1,100 @@
+"""The images that a command works on: a user's own, or the first ones of a test split."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqvae.compute import require_whole
+from vqvae.console import progress, remark
+from vqvae.data.arrays import read_images
+from vqvae.data.dataset import DatasetInfo
+from vqvae.data.images import find_images, read_image, read_shape
+from vqvae.data.load import load_like
+from vqvae.errors import InputError
+
+
+class ChosenImages(NamedTuple):
+    """Images, and what they are called."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    names: tuple[str, ...]  # of the files, inside their folder, or else the images' numbers in their split
+
+
+@dataclass(frozen=True)
+class ImageChoice:
+    """Which images to take.
+
+    Raises:
+        InputError: a user's own are named, and a part of a dataset too.
+    """
+
+    images: Path | None = None  # the user's own: a file, a folder or an .npz file; None takes those of a test split
+    dataset: str | None = None  # whose test split; None stands for the model's own
+    num_images: int | None = None  # from the first on
+    data_folder: Path = Path("data")
+    download: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "num_images"):
+            if self.images is not None and (value := getattr(self, name)) is not None:
+                raise InputError(
+                    f"expected `images` or `{name}`, found {self.images} and {value}; give one of them, because "
+                    f"`{name}` is for the images of a test split"
+                )
+
+    def read(self, info: DatasetInfo, num_images: int) -> ChosenImages:
+        """The images, with the shape that a model's dataset has.
+
+        Args:
+            info: the facts that the model's checkpoint has about its dataset.
+            num_images: how many of a test split, where the choice says nothing.
+        Raises:
+            MissingFileError: there is no such set, or no image.
+            InputError: they cannot be read, or there are not so many.
+        """
+        if self.images is not None:
+            return read_own(self.images, info.image_shape)
+        images = load_like(info, self.dataset, self.data_folder, download=self.download).load_test().images
+        most = len(images)
+        if self.num_images is None:
+            num_images = min(num_images, most)
+        else:
+            num_images = require_whole("num_images", self.num_images, 1, most, f"try `num_images={most}`")
+        return ChosenImages(images[:num_images], tuple(map(str, range(num_images))))
+
+
+def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
+    """A user's image, the images of a folder, or those of an .npz file. Those of another shape are resized or
+    converted, which is told.
+
+    Args:
+        image_shape: (C, H, W), which they get.
+    Raises:
+        MissingFileError: there is nothing.
+        InputError: there is no image, or one cannot be read.
+    """
+    channels, height, width = image_shape
+    if path.suffix == ".npz":
+        shape, numbered = read_images(path, image_shape)
+        images = torch.stack([pixels for _, pixels in numbered])
+        names, shapes = tuple(map(str, range(len(images)))), [shape] * len(images)
+    else:
+        files = find_images(path)
+        with progress(len(files), "image", doing="reading") as bar:
+            shapes, pixels = [], []
+            for file in files:
+                shapes.append(read_shape(file))
+                pixels.append(read_image(file, channels, (height, width)))
+                bar.update()
+        images = torch.stack(pixels)
+        names = tuple((file.relative_to(path) if file != path else Path(file.name)).as_posix() for file in files)
+    if num_changed := sum(shape != image_shape for shape in shapes):
+        kind = "RGB" if channels > 1 else "grey"
+        remark(
+            f"{num_changed} of {len(images)} images had another size or other colours than the model's, "
+            f"{height}x{width} and {kind}: their centres were resized and converted"
+        )
+    return ChosenImages(images, names)
