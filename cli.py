@@ -46,7 +46,7 @@ def path(typed: str | Path) -> Path:
 
 PathOption = partial(Option, parser=path)
 Config = Annotated[Path, PathOption(help="TOML recipe; flags override it, it overrides the defaults.")]
-RunFolder = Annotated[Path | None, PathOption(help="Weights and logs [default: the VQ-VAE's or checkpoints/<recipe>]")]
+RunFolder = Annotated[Path | None, PathOption(help="Weights and logs [default: the VQ-VAE's, or a new one's]")]
 Dataset = Annotated[str | None, Option(help="A name such as fashion-mnist, a folder of images, or an .npz file.")]
 OtherDataset = Annotated[str | None, Option("--dataset", help="As for train-vqvae [default: the model's own]")]
 ImageSize = Annotated[str | None, Option(help="Resize images to it: 32 or HEIGHTxWIDTH [default: the set's own]")]
@@ -107,7 +107,8 @@ def train_vqvae(
     flags |= {"dataset": dataset, "image_size": image_size}
     classes = (VQVAEConfig, VQVAETraining, DatasetChoice)
     *settings, data = resolve(classes, read_recipe(config, "vqvae"), flags, config)
-    written = (output_folder or folder_for(config)) / "vqvae.safetensors"
+    named_after = config if dataset is None else Path(os.path.abspath(dataset))  # noqa: PTH100  # links are kept
+    written = (output_folder or folder_for(named_after)) / "vqvae.safetensors"
     run: dict[str, Any] = {"data_folder": data_folder, "output_folder": written.parent, "download": download}
     run |= {"seed": seed, "device": device, "resume": resume, "overwrite": overwrite, **asdict(data)}
     run["start_from"] = start_from

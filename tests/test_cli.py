@@ -256,15 +256,15 @@ def arguments_of(function: str, command: str, *options: object) -> tuple[tuple[A
     return called.call_args.args, called.call_args.kwargs
 
 
-MNIST = {"dataset": "mnist", "image_size": None}
+MNIST, START = {"dataset": "mnist", "image_size": None}, {"start_from": None}
 TRAIN_CLASSIFIER = "prior.evaluation.classifier_training.train_classifier"
 TRAINERS = {  # each training command's function, its settings, its default folder, and what else it takes
-    "train-vqvae": ("vqvae.train.train_vqvae", (VQVAEConfig, VQVAETraining), "checkpoints/mnist", MNIST),
+    "train-vqvae": ("vqvae.train.train_vqvae", (VQVAEConfig, VQVAETraining), "checkpoints/mnist", {**MNIST, **START}),
     "train-prior": (
         "prior.train.train_prior",
         (PriorConfig, PriorTraining),
         RUN,
-        {"vqvae_path": VQVAE, "dataset": None},
+        {"vqvae_path": VQVAE, "dataset": None, **START},
     ),
     "train-classifier": (TRAIN_CLASSIFIER, (ClassifierConfig, ClassifierTraining), "checkpoints/classifier", MNIST),
 }
@@ -277,8 +277,14 @@ def test_each_flag_of_a_training_command_arrives_over_the_recipe_and_the_recipe_
     default |= {"resume": False, "overwrite": False, "download": True}
     assert arguments_of(function, command)[1] == default
     others = {"data_folder": Path("d"), "output_folder": Path("o"), "device": "cpu", "seed": 4}
-    for name, value in {**others, **{name: "other" for name in its_own if name != "vqvae_path"}}.items():
-        assert arguments_of(function, command, f"--{name.replace('_', '-')}", value)[1] == {**default, name: value}
+    others |= {name: "other" for name in its_own if name != "vqvae_path"}
+    if "start_from" in others:
+        others["start_from"] = Path("other")
+    for name, value in others.items():
+        expected = {**default, name: value}
+        if (command, name) == ("train-vqvae", "dataset"):
+            expected["output_folder"] = Path("checkpoints/other")
+        assert arguments_of(function, command, f"--{name.replace('_', '-')}", value)[1] == expected
     for flag, switched in {"--resume": "resume", "--overwrite": "overwrite", "--no-download": "download"}.items():
         assert arguments_of(function, command, flag)[1] == {**default, switched: not default[switched]}
     recipes = {"": ROOT / "configs" / "mnist.toml", "--config smoke.toml": Path("smoke.toml")}

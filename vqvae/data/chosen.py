@@ -11,7 +11,8 @@ from vqvae.compute import require_whole
 from vqvae.console import progress, remark
 from vqvae.data.arrays import read_images
 from vqvae.data.dataset import DatasetInfo
-from vqvae.data.images import find_images, read_image, read_shape
+from vqvae.data.folder import readable_images
+from vqvae.data.images import find_images, read_shape
 from vqvae.data.load import load_like
 from vqvae.errors import InputError
 
@@ -74,7 +75,7 @@ def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
         image_shape: (C, H, W), which they get.
     Raises:
         MissingFileError: there is nothing.
-        InputError: there is no image, or one cannot be read.
+        InputError: there is no image, or more than a tenth of them cannot be read.
     """
     channels, height, width = image_shape
     if path.suffix == ".npz":
@@ -83,14 +84,16 @@ def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
         names, shapes = tuple(map(str, range(len(images)))), [shape] * len(images)
     else:
         files = find_images(path)
+        folder = path if path.is_dir() else path.parent
+        all_names = [file.relative_to(folder).as_posix() for file in files]
+        rows, pixels = [], []
         with progress(len(files), "image", doing="reading") as bar:
-            shapes, pixels = [], []
-            for file in files:
-                shapes.append(read_shape(file))
-                pixels.append(read_image(file, channels, (height, width)))
+            for row, image in readable_images(folder, all_names, image_shape):
+                rows.append(row)
+                pixels.append(image)
                 bar.update()
-        images = torch.stack(pixels)
-        names = tuple((file.relative_to(path) if file != path else Path(file.name)).as_posix() for file in files)
+        images, names = torch.stack(pixels), tuple(all_names[row] for row in rows)
+        shapes = [read_shape(files[row]) for row in rows]
     if num_changed := sum(shape != image_shape for shape in shapes):
         kind = "RGB" if channels > 1 else "grey"
         remark(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ def _read(path: Path, names: list[str], wanted: Wanted) -> Material:
             f"{_some([class_names[place] for place in sorted(differing)])}; add images of it to the other"
         )
     shape = _shape(path, names, wanted)
-    return Material(shape, class_names, labels, in_test, _images(path, names, shape))
+    return Material(shape, class_names, labels, in_test, readable_images(path, names, shape))
 
 
 def _class_names(path: Path, names: list[str]) -> tuple[str, ...]:
@@ -109,9 +109,12 @@ def _shape(path: Path, names: list[str], wanted: Wanted) -> tuple[int, int, int]
     return wanted.channels or channels, height, width
 
 
-def _images(path: Path, names: list[str], shape: tuple[int, int, int]) -> Iterator[tuple[int, Tensor]]:
-    """The images that can be read, each with its number. At the end the others are told of.
+def readable_images(path: Path, names: Sequence[str], shape: tuple[int, int, int]) -> Iterator[tuple[int, Tensor]]:
+    """The images of a folder that can be read, each with its number and its pixels. At the end the others are told of.
 
+    Args:
+        names: of the files, below the folder.
+        shape: (C, H, W), which the images get.
     Raises:
         InputError: too many cannot be read.
     """
@@ -122,6 +125,8 @@ def _images(path: Path, names: list[str], shape: tuple[int, int, int]) -> Iterat
         try:
             image = read_image(path / name, channels, (size[0], size[1]))
         except InputError as error:
+            if len(names) == 1:
+                raise
             num += 1
             if num <= NUM_NAMED:
                 errors[name] = str(error)

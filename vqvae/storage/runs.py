@@ -144,10 +144,11 @@ def describe(path: Path) -> str:
 
 
 def folder_for(recipe: Path, vqvae: Path | None = None) -> Path:
-    """The output folder of a run where none is named: that of its own VQ-VAE, or one named after the recipe.
+    """The output folder of a run where none is named: that of its own VQ-VAE, or one named after the recipe or after
+    what else stands for it, such as the dataset.
 
     Raises:
-        InputError: the recipe's name names no folder.
+        InputError: that name names no folder.
     """
     if vqvae is not None and not is_shipped(vqvae):
         return vqvae.parent

@@ -8,12 +8,13 @@ from prior.model import PriorConfig
 from prior.train import PriorTraining
 from tests.helpers import ROOT
 from vqvae.data.dataset import DatasetInfo
+from vqvae.data.load import DatasetChoice
 from vqvae.errors import InputError, MissingFileError
 from vqvae.model import VQVAEConfig
 from vqvae.storage.recipe import MAX_RECIPE, from_dict, read_recipe, require_range, resolve
 from vqvae.train import VQVAETraining
 
-VQVAE, PRIOR = (VQVAEConfig, VQVAETraining), (PriorConfig, PriorTraining)
+VQVAE, PRIOR = (VQVAEConfig, VQVAETraining, DatasetChoice), (PriorConfig, PriorTraining)
 UTF = ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
 INFO = {"name": "made", "image_shape": [3, 8, 12], "class_names": ["a", "b"], "class_counts": [4, 5]}
 
@@ -21,7 +22,7 @@ INFO = {"name": "made", "image_shape": [3, 8, 12], "class_names": ["a", "b"], "c
 def test_overrides_replace_the_recipe_and_the_recipe_the_defaults() -> None:
     recipe = {"width": 16, "lr": 0.5, "num_epochs": 3, "mixed_precision": True, "weight_decay": 0.5}
     overrides = {"lr": 0.25, "num_epochs": None, "weight_decay": 0.0, "mixed_precision": False}
-    config, training = resolve(VQVAE, recipe, overrides)
+    config, training, _ = resolve(VQVAE, recipe, overrides)
     assert config == VQVAEConfig(width=16)
     assert training == VQVAETraining(lr=0.25, num_epochs=3)  # an override that is zero or false counts as given
 
