@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import FIXTURE, ROOT, SHIPPED
+from tests.make_sets import make_letters, make_photos
 
 README = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -19,7 +22,8 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README.partition("From Python\n")[
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program in a folder of its own, with the fixture where MNIST is looked for. Its recipes say one epoch."""
+    """The program in a folder of its own, with the fixture where MNIST is looked for, and with images of a user's.
+    Its recipes say one epoch."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("vqvae", "prior", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -28,6 +32,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "cli.py", folder)
     shutil.copytree(SHIPPED, folder / "checkpoints" / "pretrained")
     shutil.copytree(FIXTURE, folder / "data")
+    make_photos(folder / "photos", num=100)
+    make_letters(folder / "letters", num=312)
+    letters = sorted((folder / "letters").rglob("*.png"))
+    arrays = {
+        "images": [np.array(Image.open(path)) for path in letters],
+        "labels": [path.parent.name for path in letters],
+    }
+    np.savez(folder / "letters.npz", **arrays)
     return folder
 
 
