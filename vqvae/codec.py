@@ -6,7 +6,7 @@ No images at all are one empty batch, so that the result has its shape and its t
 import torch
 from torch import Tensor
 
-from vqvae.compute import eval_mode, in_batches
+from vqvae.compute import eval_mode, images_at_once, in_batches
 from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
 from vqvae.model import VQVAE
 
@@ -20,7 +20,8 @@ def encode_images(model: VQVAE, images: Tensor) -> Tensor:
         images: uint8, or floating point in the model's range -1..1.
     """
     with eval_mode(model):
-        batches = (images[rows].to(model.device) for rows in in_batches(max(len(images), 1), BATCH))
+        at_once = images_at_once(BATCH, model.image_shape)
+        batches = (images[rows].to(model.device) for rows in in_batches(max(len(images), 1), at_once))
         indices = [model.encode(to_model_range(x) if x.dtype == torch.uint8 else x) for x in batches]
     return torch.cat(indices)  # outside of inference mode, so that the result can take part in training
 
@@ -28,7 +29,8 @@ def encode_images(model: VQVAE, images: Tensor) -> Tensor:
 def decode_images(model: VQVAE, indices: Tensor) -> Tensor:
     """Images (N, C, S, T), float32 in 0..1, on the CPU, of code maps (N, H, W)."""
     with eval_mode(model):
-        batches = (indices[rows].to(model.device) for rows in in_batches(max(len(indices), 1), BATCH))
+        at_once = images_at_once(BATCH, model.image_shape)
+        batches = (indices[rows].to(model.device) for rows in in_batches(max(len(indices), 1), at_once))
         images = [to_unit_range(model.decode_indices(batch).float()).cpu() for batch in batches]
     return torch.cat(images)
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from vqvae.errors import InputError, is_out_of_memory
 
+MOST_VALUES = 2**22  # of images at once; they take 16 MB in float32, and each layer of a network some times as much
+
 
 def pick_device(name: str | torch.device) -> torch.device:
     """The device of a name. Each process on a machine takes a CUDA device of its own.
@@ -176,6 +178,11 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def images_at_once(most: int, image_shape: tuple[int, int, int]) -> int:
+    """How many images to pass at once: `most`, or fewer if they are large, so that the memory they take is bounded."""
+    return max(min(most, MOST_VALUES // math.prod(image_shape)), 1)
 
 
 def in_batches(num: int, batch_size: int) -> Iterator[slice]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.codec import reconstruct_images
-from vqvae.compute import eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
+from vqvae.compute import eval_mode, images_at_once, in_batches, pick_device, require_memory_to_train, require_whole
 from vqvae.console import remark
 from vqvae.data.dataset import Dataset, DatasetInfo, Split, digest
 from vqvae.data.load import load_dataset
@@ -93,7 +93,7 @@ def evaluate_vqvae(
     averager, num_codes = MetricAverager(), model.config.num_codes
     counts = torch.zeros(num_codes, dtype=torch.int64, device=model.device)
     with eval_mode(*(network for network in (model, predictor) if network is not None)):
-        for rows in shard(in_batches(len(split.labels), EVALUATION_BATCH)):
+        for rows in shard(in_batches(len(split.labels), images_at_once(EVALUATION_BATCH, model.image_shape))):
             images = split.images[rows].to(model.device)
             terms, x_hat, indices = loss_terms(model, images, training, predictor)
             error, psnr = pixel_errors(x_hat, to_unit_range(to_model_range(images)))

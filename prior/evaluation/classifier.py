@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqvae.compute import eval_mode, in_batches
+from vqvae.compute import eval_mode, images_at_once, in_batches
 from vqvae.data.dataset import DatasetInfo
 from vqvae.data.pixels import to_model_range
 from vqvae.storage import checkpoint
@@ -73,7 +73,7 @@ def extract_features(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]
     """
     features, probabilities = [], []
     with eval_mode(model):
-        for rows in in_batches(len(images), EVALUATION_BATCH):
+        for rows in in_batches(len(images), images_at_once(EVALUATION_BATCH, model.image_shape)):
             batch_features = model.trunk(to_model_range(images[rows].to(model.device)))
             features.append(batch_features.cpu())
             probabilities.append(model.head(batch_features).softmax(dim=1).cpu())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior.evaluation.classifier import EVALUATION_BATCH, Classifier, ClassifierConfig, load_classifier
-from vqvae.compute import eval_mode, in_batches, pick_device
+from vqvae.compute import eval_mode, images_at_once, in_batches, pick_device
 from vqvae.data.dataset import Dataset, DatasetInfo, Deformation, Split, digest
 from vqvae.data.load import load_dataset
 from vqvae.data.pixels import to_model_range
@@ -58,7 +58,7 @@ def evaluate_classifier(model: Classifier, split: Split) -> dict[str, float]:
     """`cross_entropy` in nats, and `error`: the share of a split that the classifier takes for another class."""
     averager = MetricAverager()
     with eval_mode(model):
-        for rows in in_batches(len(split.labels), EVALUATION_BATCH):
+        for rows in in_batches(len(split.labels), images_at_once(EVALUATION_BATCH, model.image_shape)):
             labels = split.labels[rows].to(model.device)
             logits = model(to_model_range(split.images[rows].to(model.device)))
             error = (logits.argmax(dim=1) != labels).float().mean()

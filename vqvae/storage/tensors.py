@@ -5,9 +5,11 @@ from one and the same file, even if another takes its place meanwhile; and the n
 not fit into memory are written piece by piece, and mapped from disk.
 """
 
+import ctypes
 import hashlib
 import json
 import math
+import mmap
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -71,6 +73,16 @@ def write_streamed(path: Path, metadata: Mapping[str, str], tensors: Mapping[str
         file.write(sha.hexdigest().encode())
 
     write_atomically(path, write)
+
+
+def expect_random_reads(tensor: Tensor) -> None:
+    """Tell the system that rows of a mapped tensor will be read in random order. It would otherwise read their
+    neighbours from the disk too, some ten times as much. For other tensors, and on other systems, nothing happens.
+    """
+    if hasattr(mmap, "MADV_RANDOM"):
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_RANDOM)
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:

@@ -24,7 +24,8 @@ class MetricAverager:
 
     def add(self, values: Mapping[str, Tensor], num: int) -> None:
         """Add values that are means over `num` samples."""
-        self.unread.append({name: value.detach() for name, value in values.items()})
+        # Copies: the mean that mse_loss gives still holds the memory of all that it is the mean of.
+        self.unread.append({name: value.detach().clone() for name, value in values.items()})
         self.state.setdefault("num", []).append(num)
 
     def flush(self) -> list[dict[str, float]]:

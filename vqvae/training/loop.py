@@ -10,8 +10,7 @@ far, and nothing else.
 
 Within an epoch the order is: train, evaluate, save the state, save the weights if they are the best, and only then log,
 print and draw. What was computed is on disk before anything that could fail for the sake of showing it. A run that was
-killed between the two saves makes up for the second when it is resumed. Before its first save a run writes nothing, so
-that nothing of a run that it replaces is lost too early.
+killed between the two saves makes up for the second when it is resumed. Before its first save a run writes nothing.
 
 Under torchrun every process has all the data and takes its share of each batch (vqvae/distributed.py).
 """
@@ -33,6 +32,7 @@ from vqvae.console import progress, say
 from vqvae.distributed import any_rank, barrier, batch_shard, is_main, rank, sum_gradients
 from vqvae.errors import InputError, Interrupted
 from vqvae.storage import checkpoint
+from vqvae.storage.tensors import expect_random_reads
 from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.settings import Training, learning_rate, make_optimizer
@@ -115,6 +115,8 @@ class _Loop:
             self.averager = MetricAverager(state["averages"] if is_main() else None)
         self.last_losses: dict[str, float] = {}
         self.saved_step, self.saved_s = self.step, time.monotonic()
+        for tensor in task.data:
+            expect_random_reads(tensor)
         self.bar = progress(self.total_steps, "step", initial=self.step)
 
     def train(self) -> None:
