@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vqvae.data.dataset import MAX_SIDE
@@ -176,12 +176,13 @@ def _image_files(folder: Path) -> Iterator[tuple[str, str]]:
     """The image files of a folder and of its subfolders, each as its folder and its name, in any order.
 
     Raises:
-        InputError: a link leads out of the folder.
-        OSError: a folder cannot be read.
+        InputError: a link leads out of the folder, or a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
-        raise error
+        raise InputError(
+            f"expected images in {error.filename}, found what can't be read: {error.strerror}; make it readable"
+        )
 
     home = folder.resolve()
     for place, folders, files in os.walk(folder, onerror=refuse):
@@ -212,6 +213,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             raise InputError(
                 f"expected an image of at most {MAX_PIXELS} pixels at {path}, found more; make it smaller"
             ) from None
+        except UnidentifiedImageError:
+            raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
+        if image.mode == "F":
+            raise InputError(f"expected whole numbers as pixels at {path}, found fractions; save the image as a PNG")
         # A JPEG of several pictures is one photograph and its previews.
         if getattr(image, "is_animated", False) and image.format not in ("JPEG", "MPO"):
             raise InputError(f"expected one still image at {path}, found several; save one of them as a PNG")

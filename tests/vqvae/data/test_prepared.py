@@ -147,13 +147,32 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, name: str, damage: str) -> 
     assert made.times_read == 2
 
 
+@pytest.mark.parametrize("name", prepared.SPLITS)
+@pytest.mark.parametrize("damage", ["names", "counts"])
+def test_facts_that_do_not_fit_all_three_files_are_made_anew(tmp_path: Path, name: str, damage: str) -> None:
+    made = Made()
+    expected = made.load(tmp_path).info
+    for path in shards(tmp_path):
+        content = path.read_bytes()
+        if damage == "counts":
+            counts = b"%d, %d" % expected.class_counts
+            content = content.replace(counts, b"%d, %d" % (expected.class_counts[0] - 1, expected.class_counts[1]))
+        elif path.stem == name:
+            content = content.replace(b"c1", b"c2")
+        assert content != path.read_bytes() or (damage == "names" and path.stem != name)
+        path.write_bytes(content)
+    assert made.load(tmp_path).info == expected
+    assert made.times_read == 2
+
+
 def test_what_is_mapped_stays_when_another_process_makes_the_set_anew(tmp_path: Path) -> None:
     made = Made()
-    images = made.load(tmp_path).train.images
-    before = images.clone()
+    dataset = made.load(tmp_path)
+    images, in_test = dataset.train.images.clone(), dataset.load_test().images.clone()
     made.num = 60
     made.load(tmp_path, state="another")
-    assert torch.equal(images, before)
+    assert torch.equal(dataset.train.images, images)
+    assert torch.equal(dataset.load_test().images, in_test)
 
 
 def test_of_two_that_prepare_a_set_at_once_the_second_waits_for_the_first(
@@ -199,6 +218,24 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_taken_for_a_set(tmp_p
     made.images = images  # type: ignore[method-assign]
     made.load(tmp_path)
     assert not (killed / ".train.1.partial").exists()
+
+
+@pytest.mark.parametrize("error", [InputError("full"), KeyboardInterrupt()])
+def test_where_one_file_cannot_be_written_the_others_are_removed(
+    tmp_path: Path, monkeypatch: Patch, error: BaseException
+) -> None:
+    made, write = Made(), prepared.write_streamed
+
+    def refuse(path: Path, *rest: Any) -> None:
+        if path.stem == "test":
+            raise error
+        write(path, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(prepared, "write_streamed", refuse)
+        made.load(tmp_path)
+    assert shards(tmp_path) == []
+    assert len(made.load(tmp_path).load_test().labels) == 4
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
