@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,11 @@ def read_shape(path: Path) -> tuple[int, int, int]:
         InputError: it is no image that can be read, it is animated, or it is too large.
     """
     with _opened(path) as image:
-        width, height = reversed(image.size) if _orientation(image) in LYING else image.size
+        turns = _orientation(image) in LYING
+        if turns and image.format == "TIFF":
+            image.load()  # which turns it, and its size with it
+            turns = False
+        width, height = reversed(image.size) if turns else image.size
         return _channels(image), height, width
 
 
@@ -231,7 +235,9 @@ def _orientation(image: Image.Image) -> int:
     """How the camera was held, by the image's Exif data: from 1, upright, to 8."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # or Pillow would read all the pixels, to look for it after them
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    with suppress(Exception):  # the pixels may be whole where this is damaged
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

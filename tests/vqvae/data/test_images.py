@@ -80,16 +80,23 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     assert read_image(save(tmp_path / "a.jpg", Image.new("CMYK", (3, 2)))).tolist() == [[[255] * 3] * 2] * 3
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_camera_held_it(tmp_path: Path, orientation: int) -> None:
+def test_an_image_is_turned_as_its_camera_held_it(tmp_path: Path, orientation: int, suffix: str) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    path = save(tmp_path / "a.png", Image.fromarray(GREY), exif=exif)
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(GREY), exif=exif)
     flip, turn, both = np.fliplr(GREY), np.rot90(GREY, 2), np.flipud(GREY)
     lying = GREY.T, np.rot90(GREY, 3), np.rot90(GREY.T, 2), np.rot90(GREY)
     expected = (GREY, flip, turn, both, *lying)[orientation - 1]
     assert read_image(path)[0].tolist() == expected.tolist()
     assert read_shape(path) == (1, *expected.shape)
+
+
+def test_damaged_exif_data_does_not_make_an_image_unreadable(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(GREY), exif=b"Exif\0\0damaged")
+    assert read_image(path)[0].tolist() == GREY.tolist()
+    assert read_shape(path) == (1, *GREY.shape)
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (12, 20), (30, 12)])
