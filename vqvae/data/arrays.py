@@ -16,11 +16,11 @@ from torch import Tensor
 from vqvae.data.dataset import Dataset
 from vqvae.data.images import MAX_PIXELS, fit_pixels, natural, require_side
 from vqvae.data.pixels import to_bytes
-from vqvae.data.prepared import Material, Wanted, load_prepared
+from vqvae.data.prepared import Material, Wanted, load_prepared, stamp
 from vqvae.errors import InputError, plain
 from vqvae.storage.files import open_checked
 
-EXPECTED = "an .npz file with `images`"
+EXPECTED = "an .npz file with 'images'"
 REMEDY = "write it with numpy.savez(file, images=..., labels=...)"
 READ_AT_ONCE = 2**22  # bytes
 MAX_LABEL = 400  # bytes of a label that is text
@@ -45,8 +45,7 @@ def load_arrays(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
         InputError: it holds something else, or an image size is needed.
     """
     with open_checked(path, EXPECTED, REMEDY):
-        stat = path.stat()
-    state = json.dumps([stat.st_size, stat.st_mtime_ns])
+        state = json.dumps(stamp(path))
     return load_prepared(path, state, wanted, data_folder, partial(_read, path))
 
 
@@ -94,7 +93,7 @@ def _layout(path: Path, found: _Array) -> tuple[bool, tuple[int, int, int, int]]
     shape, dtype = found
     if dtype != np.uint8 and dtype.kind != "f":
         raise InputError(
-            f"expected `images` in {path} as uint8 or as floating-point values in 0..1, found {dtype}; convert them"
+            f"expected 'images' in {path} as uint8 or as floating-point values in 0..1, found {dtype}; convert them"
         )
     layout = None
     if len(shape) == 3:
@@ -105,7 +104,7 @@ def _layout(path: Path, found: _Array) -> tuple[bool, tuple[int, int, int, int]]
         layout = False, (shape[0], shape[3], *shape[1:3])
     if layout is None or min(shape) < 1 or layout[1][2] * layout[1][3] > MAX_PIXELS:
         raise InputError(
-            f"expected `images` in {path} of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, found "
+            f"expected 'images' in {path} of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, found "
             f"{shape}; give them such a shape"
         )
     return layout
@@ -140,10 +139,10 @@ def _bytes(path: Path, values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     if np.isnan(values).any():
-        raise InputError(f"expected `images` in {path} with values in 0..1, found values that are NaN; remove them")
+        raise InputError(f"expected 'images' in {path} with values in 0..1, found values that are NaN; remove them")
     if not 0 <= values.min() <= values.max() <= 1:
         raise InputError(
-            f"expected `images` in {path} with values in 0..1, found values from {plain(values.min())} to "
+            f"expected 'images' in {path} with values in 0..1, found values from {plain(values.min())} to "
             f"{plain(values.max())}; scale them, or save them as uint8"
         )
     return to_bytes(torch.from_numpy(values.astype(np.float32))).numpy()
@@ -158,7 +157,7 @@ def _read_labels(path: Path, archive: zipfile.ZipFile, num: int) -> tuple[tuple[
     shape, dtype = _header(path, archive, "labels")
     if shape != (num,) or dtype.kind not in "iuU" or (dtype.kind == "U" and dtype.itemsize > MAX_LABEL):
         raise InputError(
-            f"expected `labels` in {path} of shape ({num},), whole numbers or short text, found {dtype} of shape "
+            f"expected 'labels' in {path} of shape ({num},), whole numbers or short text, found {dtype} of shape "
             f"{shape}; give each image one label"
         )
     if dtype.kind == "U":
@@ -172,7 +171,7 @@ def _read_labels(path: Path, archive: zipfile.ZipFile, num: int) -> tuple[tuple[
     least, most = labels.min(), labels.max()
     if least < 0 or most >= num:
         raise InputError(
-            f"expected `labels` in {path} from 0 to the number of classes less 1, found labels from {least} to {most} "
+            f"expected 'labels' in {path} from 0 to the number of classes less 1, found labels from {least} to {most} "
             f"of {num} images; number the classes from 0"
         )
     return tuple(map(str, range(most + 1))), labels
@@ -182,7 +181,7 @@ def _header(path: Path, archive: zipfile.ZipFile, name: str) -> _Array:
     """The header of an array, checked: nothing else is read."""
     if f"{name}.npy" not in archive.namelist():
         found = ", ".join(archive.namelist()[:5]) or "nothing"
-        raise InputError(f"expected an array `{name}` in {path}, found {found[:200]}; {REMEDY}")
+        raise InputError(f"expected an array '{name}' in {path}, found {found[:200]}; {REMEDY}")
     with archive.open(f"{name}.npy") as member:
         shape, dtype = _start(path, member, name)
         if archive.getinfo(member.name).file_size != member.tell() + dtype.itemsize * math.prod(shape):
@@ -200,12 +199,12 @@ def _start(path: Path, member: IO[bytes], name: str) -> _Array:
     shape, columns_first, dtype = read_header(member)
     if dtype.hasobject:
         raise InputError(
-            f"expected numbers or text as `{name}` in {path}, found Python objects, which are not loaded; save an "
+            f"expected numbers or text as '{name}' in {path}, found Python objects, which are not loaded; save an "
             f"array of one type"
         )
     if columns_first and len(shape) > 1:
         raise InputError(
-            f"expected `{name}` in {path} row by row, found an array in Fortran's order; save "
+            f"expected '{name}' in {path} row by row, found an array in Fortran's order; save "
             f"numpy.ascontiguousarray({name})"
         )
     return _Array(shape, dtype)

@@ -78,7 +78,7 @@ def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
         InputError: there is no image, or more than a tenth of them cannot be read.
     """
     channels, height, width = image_shape
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         shape, numbered = read_images(path, image_shape)
         images = torch.stack([pixels for _, pixels in numbered])
         names, shapes = tuple(map(str, range(len(images)))), [shape] * len(images)

@@ -39,10 +39,9 @@ class DatasetInfo:
             raise InputError(f"expected images of 1 or 3 channels, found {channels}; convert them to grey or to RGB")
         require_range("image_shape[1]", height, 1, MAX_SIDE)
         require_range("image_shape[2]", width, 1, MAX_SIDE)
-        if not all(text and text.isprintable() for text in (self.name, *self.class_names, self.source or self.name)):
-            raise InputError(
-                "expected names that can be printed, found an empty one or one with control characters; rename it"
-            )
+        for text in (self.name, *self.class_names, self.source or self.name):
+            if not (text and text.isprintable()):
+                raise InputError(f"expected names that can be printed, found {text[:80]!r}; rename it")
         if len(self.class_counts) != len(self.class_names):
             raise InputError(
                 f"expected as many class counts as class names, {len(self.class_names)}, found "

@@ -13,11 +13,11 @@ from torch import Tensor
 from vqvae.console import progress, remark
 from vqvae.data.dataset import Dataset
 from vqvae.data.images import SUGGESTED_SIDE, find_names, natural, read_image, read_shape, require_side
-from vqvae.data.prepared import Material, Wanted, load_prepared
+from vqvae.data.prepared import Material, Wanted, load_prepared, stamp
 from vqvae.errors import InputError
 
 OWN_SPLITS = {"train", "test"}
-SPLIT_NAMES = OWN_SPLITS | {"val", "valid", "validation", "dev"}
+SPLIT_NAMES = OWN_SPLITS | {"training", "testing", "val", "valid", "validation", "dev"}
 MAX_UNREADABLE = 0.1  # of the images
 NUM_NAMED = 3  # in a message
 
@@ -35,7 +35,10 @@ def load_folder(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
     names = sorted(find_names(path))
     sha = hashlib.sha256()
     for name in names:
-        sha.update(json.dumps([name, *_stamp(path / name)]).encode())
+        found: tuple[int, ...] = ()
+        with suppress(OSError):  # a link that leads nowhere; it is told of when it is read
+            found = stamp(path / name)
+        sha.update(json.dumps([name, *found]).encode())
     return load_prepared(path, sha.hexdigest(), wanted, data_folder, partial(_read, path, names))
 
 
@@ -43,7 +46,8 @@ def _read(path: Path, names: list[str], wanted: Wanted) -> Material:
     """The classes and splits of a folder, and its images to be read."""
     in_test, below = None, names
     tops = {name.split("/")[0] for name in names if "/" in name}
-    if tops and tops <= SPLIT_NAMES and tops != OWN_SPLITS:
+    splits = [name for name in tops if name.lower() in SPLIT_NAMES]  # one of several may be a class, of vehicles
+    if splits and (len(splits) > 1 or len(tops) == 1) and tops != OWN_SPLITS:
         raise InputError(
             f"expected in {path} a subfolder for each class, or train and test, found {_some(sorted(tops))}; put "
             f"validation images into train, or give the subfolders other names"
@@ -145,12 +149,3 @@ def _some(names: list[str], num: int | None = None) -> str:
     """The first few names, of `num` or of so many as there are."""
     more = (num or len(names)) - len(names[:NUM_NAMED])
     return ", ".join(names[:NUM_NAMED]) + (f" and {more} more" if more else "")
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """A file's size and time. They differ when its content does."""
-    try:
-        stat = path.stat()
-    except OSError:  # a link that leads nowhere; it is told of when it is read
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns

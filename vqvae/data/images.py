@@ -8,12 +8,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vqvae.data.dataset import MAX_SIDE
@@ -105,7 +105,11 @@ def read_shape(path: Path) -> tuple[int, int, int]:
         InputError: it is no image that can be read, it is animated, or it is too large.
     """
     with _opened(path) as image:
-        width, height = reversed(image.size) if _orientation(image) in LYING else image.size
+        turns = _orientation(image) in LYING
+        if turns and image.format == "TIFF":
+            image.load()  # which turns it, and its size with it
+            turns = False
+        width, height = reversed(image.size) if turns else image.size
         return _channels(image), height, width
 
 
@@ -176,12 +180,13 @@ def _image_files(folder: Path) -> Iterator[tuple[str, str]]:
     """The image files of a folder and of its subfolders, each as its folder and its name, in any order.
 
     Raises:
-        InputError: a link leads out of the folder.
-        OSError: a folder cannot be read.
+        InputError: a link leads out of the folder, or a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
-        raise error
+        raise InputError(
+            f"expected images in {error.filename}, found what can't be read: {error.strerror}; make it readable"
+        )
 
     home = folder.resolve()
     for place, folders, files in os.walk(folder, onerror=refuse):
@@ -212,6 +217,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             raise InputError(
                 f"expected an image of at most {MAX_PIXELS} pixels at {path}, found more; make it smaller"
             ) from None
+        except UnidentifiedImageError:
+            raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
+        if image.mode == "F":
+            raise InputError(f"expected whole numbers as pixels at {path}, found fractions; save the image as a PNG")
         # A JPEG of several pictures is one photograph and its previews.
         if getattr(image, "is_animated", False) and image.format not in ("JPEG", "MPO"):
             raise InputError(f"expected one still image at {path}, found several; save one of them as a PNG")
@@ -226,7 +235,9 @@ def _orientation(image: Image.Image) -> int:
     """How the camera was held, by the image's Exif data: from 1, upright, to 8."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # or Pillow would read all the pixels, to look for it after them
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    with suppress(Exception):  # the pixels may be whole where this is damaged
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
 """Datasets by name or by path: the one place that knows where images come from."""
 
-from contextlib import suppress
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def load_dataset(
     """
     wanted = Wanted(parse_size(image_size), channels)
     if str(dataset) not in KNOWN:
-        return _load_own(Path(dataset), data_folder, wanted)
+        return _load_own(dataset, data_folder, wanted)
     if str(dataset) == "mnist":
         return _fitted(load_mnist(data_folder, download), wanted)
     return _fitted(load_torchvision_set(str(dataset), data_folder, download), wanted)
@@ -74,7 +74,7 @@ def load_like(
     return load_dataset(chosen, data_folder, image_size=f"{height}x{width}", channels=channels, download=download)
 
 
-def _load_own(dataset: Path, data_folder: Path, wanted: Wanted) -> Dataset:
+def _load_own(named: str | Path, data_folder: Path, wanted: Wanted) -> Dataset:
     """A user's own folder or file.
 
     Raises:
@@ -82,16 +82,17 @@ def _load_own(dataset: Path, data_folder: Path, wanted: Wanted) -> Dataset:
         InputError: it cannot be read.
     """
     remedy = f"name one of {', '.join(KNOWN)}, a folder of images, or an .npz file"
-    with suppress(RuntimeError):  # no such user
-        dataset = dataset.expanduser()
+    if not str(named):  # as a path it would be the current folder
+        raise InputError(f"expected `dataset` to be known or a path, found ''; {remedy}")
+    dataset = Path(os.path.expanduser(named))  # noqa: PTH111  # Path's own raises where there is no such user
     with refusals(f"expected a dataset at {dataset}", remedy):
-        path = dataset.resolve()
+        path = Path(os.path.realpath(dataset))  # Path.resolve() raises where links go in circles
         is_folder, exists = path.is_dir(), path.exists()
     if is_folder:
         return load_folder(path, wanted, data_folder)
     if not exists:
         raise MissingFileError(f"expected `dataset` to be known or a path, found nothing at {dataset}; {remedy}")
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         raise InputError(f"expected `dataset` to be a folder or an .npz file, found {dataset}; {remedy}")
     return load_arrays(path, wanted, data_folder)
 

@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,17 @@ def load_prepared(
     raise InputError(f"expected to read the files just written in {folder}, found others; see that nobody changes them")
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """A file's size and times, which differ when its content does. A program that copies or unpacks files may set the
+    first time as it was elsewhere, but not the second.
+
+    Raises:
+        OSError: there is no file.
+    """
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 def assign(labels: np.ndarray, hashes: np.ndarray, in_test: np.ndarray | None = None) -> np.ndarray:
     """The split of each image: TRAIN, VALIDATION, TEST, or LEFT_OUT for what the test split has too.
 
@@ -130,10 +142,13 @@ def _is_wanted(info: DatasetInfo, wanted: Wanted) -> bool:
 def _load(folder: Path, origin: str) -> Dataset | None:
     """The dataset in a folder. None, if it is missing, damaged or made from something else."""
     try:
-        (info, train), (_, validation), _ = (_read(folder, name, origin) for name in SPLITS)
+        (info, train), (info_2, validation), (info_3, test) = (_read(folder, name, origin) for name in SPLITS)
     except InputError:
         return None
-    return Dataset(info, train, validation, load_test=lambda: _read(folder, "test", origin)[1])
+    counts = torch.bincount(train.labels, minlength=info.num_classes)[: info.num_classes].tolist()
+    if not info == info_2 == info_3 or info.class_counts != tuple(counts):
+        return None  # the checksums are of the tensors alone
+    return Dataset(info, train, validation, load_test=lambda: test)  # mapped already, whatever the file becomes
 
 
 def _read(folder: Path, name: str, origin: str) -> tuple[DatasetInfo, Split]:
@@ -191,14 +206,21 @@ def _make(folder: Path, origin: str, source: Path, material: Material) -> None:
             info = replace(info, class_counts=tuple(counts))
         metadata = {"origin": origin, "info": json.dumps(asdict(info))}
         order = np.argsort(hashes, kind="stable")  # mixed, whatever order the source has
-        for part, name in enumerate(SPLITS):
-            chosen = order[parts[order] == part]
-            pieces = map(partial(_image, scratch, shape), chosen)
-            tensors = {  # the labels first, so that they are aligned
-                "labels": Streamed(torch.int64, (len(chosen),), [torch.from_numpy(labels[chosen])]),
-                "images": Streamed(torch.uint8, (len(chosen), *shape), pieces),
-            }
-            write_streamed(folder / f"{name}.safetensors", metadata, tensors)
+        paths = [folder / f"{name}.safetensors" for name in SPLITS]
+        try:
+            for part, path in enumerate(paths):
+                chosen = order[parts[order] == part]
+                pieces = map(partial(_image, scratch, shape), chosen)
+                tensors = {  # the labels first, so that they are aligned
+                    "labels": Streamed(torch.int64, (len(chosen),), [torch.from_numpy(labels[chosen])]),
+                    "images": Streamed(torch.uint8, (len(chosen), *shape), pieces),
+                }
+                write_streamed(path, metadata, tensors)
+        except BaseException:
+            for path in paths:  # none is of use without the others, and a full disk needs its space back
+                with suppress(OSError):
+                    path.unlink()
+            raise
 
 
 def hash_content(pixels: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """Datasets from an .npz file."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from tests.helpers import run, save_pair
 from vqvae.data import arrays
+from vqvae.data.chosen import read_own
 from vqvae.data.dataset import Dataset
 from vqvae.data.images import fit
 from vqvae.data.load import load_dataset
@@ -82,6 +84,20 @@ def test_images_are_resized_and_converted_as_those_of_files_are(tmp_path: Path, 
         fitted = np.atleast_3d(np.array(fit(picture.convert("L" if channels == 1 else "RGB"), (3, 4))))
         expected.add(fitted.transpose(2, 0, 1).tobytes())
     assert set(by_pixels(dataset)) == expected
+
+
+def test_the_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    path = save(tmp_path / "set.npz", images=noise(NUM, 6, 5)).rename(tmp_path / "SET.NPZ")
+    assert load(path).info.image_shape == read_own(path, (1, 6, 5)).images.shape[1:] == (1, 6, 5)
+
+
+def test_a_file_in_the_place_of_another_of_its_size_and_time_is_noticed(tmp_path: Path) -> None:
+    path, images = tmp_path / "set.npz", noise(NUM, 6, 5)
+    for content in (images, 255 - images):
+        np.savez(tmp_path / "new.npz", images=content)
+        os.utime(tmp_path / "new.npz", (1, 1))
+        (tmp_path / "new.npz").rename(path)
+        assert set(by_pixels(load(path))) == {row.tobytes() for row in content}
 
 
 def test_a_later_start_reads_nothing_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

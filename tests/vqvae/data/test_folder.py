@@ -119,6 +119,23 @@ def test_a_later_start_opens_no_image_and_a_changed_file_is_noticed(tmp_path: Pa
     assert sum(len(split.labels) for split in splits(load(path))) == 11
 
 
+def test_two_files_that_change_places_are_noticed(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "set", [f"{label}/{i}.bmp" for label in "ab" for i in range(5)])  # all of one size
+    for file in path.rglob("*.bmp"):
+        os.utime(file, (1, 1))  # as programs do that unpack files
+
+    def labels() -> dict[bytes, int]:
+        images = [pair for split in splits(load(path)) for pair in zip(*split, strict=True)]
+        return {image.numpy().tobytes(): int(label) for image, label in images}
+
+    one, other, aside = path / "a" / "0.bmp", path / "b" / "0.bmp", tmp_path / "aside"
+    expected = labels()
+    for file in (one, other):
+        expected[read_image(file).numpy().tobytes()] ^= 1
+    one.rename(aside), other.rename(one), aside.rename(other)
+    assert labels() == expected
+
+
 def test_the_split_of_an_image_depends_on_nothing_but_its_content(tmp_path: Path) -> None:
     path = make_folder(tmp_path / "set", [f"{i}.png" for i in range(40)])
     other = tmp_path / "other"

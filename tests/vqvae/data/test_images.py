@@ -2,6 +2,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,16 +80,23 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     assert read_image(save(tmp_path / "a.jpg", Image.new("CMYK", (3, 2)))).tolist() == [[[255] * 3] * 2] * 3
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_camera_held_it(tmp_path: Path, orientation: int) -> None:
+def test_an_image_is_turned_as_its_camera_held_it(tmp_path: Path, orientation: int, suffix: str) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    path = save(tmp_path / "a.png", Image.fromarray(GREY), exif=exif)
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(GREY), exif=exif)
     flip, turn, both = np.fliplr(GREY), np.rot90(GREY, 2), np.flipud(GREY)
     lying = GREY.T, np.rot90(GREY, 3), np.rot90(GREY.T, 2), np.rot90(GREY)
     expected = (GREY, flip, turn, both, *lying)[orientation - 1]
     assert read_image(path)[0].tolist() == expected.tolist()
     assert read_shape(path) == (1, *expected.shape)
+
+
+def test_damaged_exif_data_does_not_make_an_image_unreadable(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(GREY), exif=b"Exif\0\0damaged")
+    assert read_image(path)[0].tolist() == GREY.tolist()
+    assert read_shape(path) == (1, *GREY.shape)
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (12, 20), (30, 12)])
@@ -125,7 +133,7 @@ def test_what_is_no_still_image_of_moderate_size_is_refused_in_a_sentence(tmp_pa
     several = {"save_all": True, "append_images": frames[1:]}
     whole = save(tmp_path / "whole.png", Image.effect_noise((64, 64), 50)).read_bytes()
     for name, content, message in (
-        ("text.png", b"no image", "expected an image at .*text.png, found a file that is cut short, damaged or of"),
+        ("text.png", b"no image", r"expected an image at .*text.png, found .*damaged or .*\(ValueError: it is none of"),
         ("cut.png", whole[:2000], "expected an image at .*cut.png, found a file that is cut short"),
         ("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "found a file that is cut short"),
         ("large.png", bomb(2**13, 2**13 + 1), "expected an image of at most 67108864 pixels at .*large.png, found mo"),
@@ -143,12 +151,31 @@ def test_what_is_no_still_image_of_moderate_size_is_refused_in_a_sentence(tmp_pa
         for read in (read_image, read_shape):
             with pytest.raises(InputError, match=r"expected one still image at .*several.\w+, found several; save one"):
                 read(path)
+    fractions = save(tmp_path / "a.tif", Image.fromarray(np.eye(3, dtype=np.float32)))
+    for read in (read_image, read_shape):
+        with pytest.raises(InputError, match=r"expected whole numbers as pixels at .*a.tif, found fractions; save"):
+            read(fractions)
     with pytest.raises(MissingFileError, match=r"expected an image at .*none.png, found none"):
         read_image(tmp_path / "none.png")
     with pytest.raises(InputError, match="found what can't be read: Is a directory"):
         read_image(tmp_path)
     with pytest.raises(InputError, match="values of more than 16 bits"):
         read_image(save(tmp_path / "deep.tif", Image.fromarray(np.array([[0, 70000]], np.int32))))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
+    save(tmp_path / "a" / "1.png", Image.fromarray(GREY))
+
+    def scandir(path: str, scandir: Any = os.scandir) -> Any:
+        if Path(path).name == "a":  # as the system refuses all users but one
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(
+        InputError, match=r"expected images in .*a, found what can't be read: Permission denied; make i"
+    ):
+        find_images(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

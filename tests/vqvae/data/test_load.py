@@ -101,6 +101,8 @@ BAD = {
     "half in classes": ("set", files("train/a/1.png", "test/a/1.png", "test/0.png"), "found 0.png beside the subfol"),
     "validation": ("set", files("train/a/1.png", "val/a/1.png"), "or train and test, found train, val; put validation "
         "images into train"),
+    "splits by other names": ("set", files("Training/a/1.png", "testing/a/1.png"), "found Training, testing; put "),
+    "more than two splits": ("set", files("train/1.png", "test/1.png", "extra/1.png"), "found extra, test, train; put"),
     "other classes": ("set", files("train/a/1.png", "train/b/1.png", "test/a/1.png"), "the same classes in train and "
         "in test of .*set, found only in one of them b; add"),
     "one image": ("set", files(*numbered("a/"), "b/1.png"), "enough different images of b for each of train, valida"),
@@ -109,15 +111,16 @@ BAD = {
     "unreadable": ("set", unreadable, "expected images in .*set, found 2 of 14 that cannot be read: x.png, y.png, the "
         "first because: expected an image at .*x.png, found a file that is cut short, damaged or of another kind"),
     "link": ("set", linked, "expected only files inside .*set, found the link .*link.png, which leads out of it"),
-    "name of a class": ("set", files(*numbered("a\x1b/")), "expected names that can be printed, found"),
+    "name of a class": ("set", files(*numbered("a\x1b/")), r"names that can be printed, found 'a\\x1b'; re"),
     "nothing there": ("none", lambda path: None, f"found nothing at .*none; name one of {', '.join(KNOWN)}, a folder "),
+    "links in circles": ("set", lambda path: path.symlink_to(path), "found nothing at .*set; name one of"),
     "text": ("set.txt", Path.touch, "expected `dataset` to be a folder or an .npz file, found .*set.txt; name one of"),
-    "no zip": ("set.npz", lambda path: path.write_bytes(b"text"), "expected an .npz file with `images` at .*set.npz, "
+    "no zip": ("set.npz", lambda path: path.write_bytes(b"text"), "expected an .npz file with 'images' at .*set.npz, "
         "found a file that is cut short, damaged or of another kind"),
     "device": ("/dev/null", lambda path: None, "expected `dataset` to be a folder or an .npz file, found /dev/null"),
-    "no images": ("set.npz", npz(x=IMAGES), "expected an array `images` in .*set.npz, found x.npy; write it with"),
-    "objects": ("set.npz", evil, "numbers or text as `images` in .*set.npz, found Python objects, which are not loa"),
-    "objects as labels": ("set.npz", npz(images=IMAGES, labels=np.array([None] * NUM)), "as `labels` in .* found Pyth"),
+    "no images": ("set.npz", npz(x=IMAGES), "expected an array 'images' in .*set.npz, found x.npy; write it with"),
+    "objects": ("set.npz", evil, "numbers or text as 'images' in .*set.npz, found Python objects, which are not loa"),
+    "objects as labels": ("set.npz", npz(images=IMAGES, labels=np.array([None] * NUM)), "as 'labels' in .* found Pyth"),
     "flat": ("set.npz", npz(images=IMAGES[0]), r"of shape \(N, H, W\), .* with 1 or 3 channels, found \(6, 5\); give"),
     "channels": ("set.npz", npz(images=np.zeros((9, 6, 5, 4), "u1")), r"1 or 3 channels, found \(9, 6, 5, 4\); give"),
     "none": ("set.npz", npz(images=IMAGES[:0]), r"1 or 3 channels, found \(0, 6, 5\); give them such a shape"),
@@ -128,12 +131,12 @@ BAD = {
     "infinite": ("set.npz", npz(images=with_value(np.inf)), "with values in 0..1, found values from 0 to inf; scale"),
     "negative": ("set.npz", npz(images=with_value(-0.5)), "with values in 0..1, found values from -0.5 to 1; scale"),
     "columns first": ("set.npz", npz(images=np.asfortranarray(IMAGES)), "row by row, found an array in Fortran's ord"),
-    "too few labels": ("set.npz", npz(images=IMAGES, labels=np.arange(9)), r"`labels` in .*set.npz of shape \(12,\), "
+    "too few labels": ("set.npz", npz(images=IMAGES, labels=np.arange(9)), r"'labels' in .*set.npz of shape \(12,\), "
         r"whole numbers or short text, found int64 of shape \(9,\); give each image one label"),
     "label below 0": ("set.npz", npz(images=IMAGES, labels=np.arange(NUM) - 1), "found labels from -1 to 10 of 12 ima"),
     "label too high": ("set.npz", npz(images=IMAGES, labels=np.arange(NUM) * 9), "found labels from 0 to 99 of 12 im"),
     "fractions": ("set.npz", npz(images=IMAGES, labels=np.zeros(NUM)), "whole numbers or short text, found float64 of"),
-    "empty label": ("set.npz", npz(images=IMAGES, labels=np.array([""] * NUM)), "expected names that can be printed"),
+    "empty label": ("set.npz", npz(images=IMAGES, labels=np.array([""] * NUM)), "be printed, found ''; rename it"),
     "class left out": ("set.npz", npz(images=IMAGES, labels=np.arange(NUM) % 2 * 2), "different images of 1 for each "),
     "cut short": ("set.npz", member(npy_header("(99, 6, 5)") + bytes(60)), "cut short, .*images is not as long as it"),
     "enormous": ("set.npz", member(npy_header(f"({10**18}, 9, 9)")), "cut short, damaged or"),
@@ -148,8 +151,15 @@ def test_a_set_that_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path, ca
     with pytest.raises(InputError, match=message) as caught:
         load_dataset(tmp_path / name, tmp_path / "data")
     assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, MissingFileError) == (case == "nothing there")
+    assert isinstance(caught.value, MissingFileError) == ("found nothing at" in message)
     assert [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.partial"), *tmp_path.rglob("*.run")] == []
+
+
+def test_an_empty_text_is_not_the_current_folder(tmp_path: Path, monkeypatch: Patch) -> None:
+    files(*numbered(""))(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="expected `dataset` to be known or a path, found ''; name one of"):
+        load_dataset("")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

@@ -147,13 +147,31 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, name: str, damage: str) -> 
     assert made.times_read == 2
 
 
+@pytest.mark.parametrize(
+    ("names", "old", "new"),
+    [(prepared.SPLITS, b"[16, 15]", b"[15, 16]"), *(([name], b'c1\\"', b'c2\\"') for name in prepared.SPLITS)],
+)
+def test_facts_that_contradict_each_other_or_the_labels_are_made_anew(
+    tmp_path: Path, names: list[str], old: bytes, new: bytes
+) -> None:
+    made = Made()
+    expected = made.load(tmp_path).info
+    for path in (path for path in shards(tmp_path) if path.stem in names):
+        content = path.read_bytes()
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+    assert made.load(tmp_path).info == expected
+    assert made.times_read == 2
+
+
 def test_what_is_mapped_stays_when_another_process_makes_the_set_anew(tmp_path: Path) -> None:
     made = Made()
-    images = made.load(tmp_path).train.images
-    before = images.clone()
+    dataset = made.load(tmp_path)
+    images, in_test = dataset.train.images.clone(), dataset.load_test().images.clone()
     made.num = 60
     made.load(tmp_path, state="another")
-    assert torch.equal(images, before)
+    assert torch.equal(dataset.train.images, images)
+    assert torch.equal(dataset.load_test().images, in_test)
 
 
 def test_of_two_that_prepare_a_set_at_once_the_second_waits_for_the_first(
@@ -199,6 +217,25 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_taken_for_a_set(tmp_p
     made.images = images  # type: ignore[method-assign]
     made.load(tmp_path)
     assert not (killed / ".train.1.partial").exists()
+
+
+@pytest.mark.parametrize("error", [InputError("full"), KeyboardInterrupt()])
+def test_where_one_file_cannot_be_written_the_others_are_removed(
+    tmp_path: Path, monkeypatch: Patch, error: BaseException
+) -> None:
+    made, write = Made(), prepared.write_streamed
+
+    def refuse(path: Path, *rest: Any) -> None:
+        if path.stem == "test":
+            raise error
+        write(path, *rest)
+
+    monkeypatch.setattr(prepared, "write_streamed", refuse)
+    with pytest.raises(type(error)):
+        made.load(tmp_path)
+    monkeypatch.undo()
+    assert shards(tmp_path) == []
+    assert len(made.load(tmp_path).load_test().labels) == 4
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
