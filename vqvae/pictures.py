@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,13 @@ def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
     return F.pad(picture, (0, PADDING, 0, PADDING), value=GREY).expand(3, -1, -1)
 
 
-def pairs(upper: Tensor, lower: Tensor) -> Tensor:
-    """Images (N, C, H, W) above others, in rows of a grid: (M, C, H, W), with grey ones where the last row ends."""
+def pairs(upper: Tensor, lower: Tensor) -> dict[str, Any]:
+    """What `output.save_images` shows of images (N, C, H, W) that stand above others, with grey ones where the last row
+    ends."""
     columns = min(len(upper), COLUMNS)
     both = F.pad(torch.stack([upper, lower]), (0, 0, 0, 0, 0, 0, 0, -len(upper) % columns), value=GREY)
-    return rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
+    shown = rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
+    return {"shown": shown, "columns": columns}
 
 
 def columns_for(num: int) -> int:

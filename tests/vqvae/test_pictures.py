@@ -42,7 +42,9 @@ def test_a_picture_is_large_enough_to_look_at(tmp_path: Path, side: int, scale: 
 @pytest.mark.parametrize("num", [1, 7, 10, 13])
 def test_pairs_stand_one_above_the_other_in_rows_of_a_grid(num: int) -> None:
     upper, lower = make_split(num).images / 255, make_split(num, seed=1).images / 255
-    columns, found = min(num, 10), pairs(upper, lower)
+    columns, both = min(num, 10), pairs(upper, lower)
+    found = both["shown"]
+    assert both["columns"] == columns  # of the grid, in which the lower row then follows the upper one
     for i in range(num):
         row, column = divmod(i, columns)
         assert torch.equal(found[2 * row * columns + column], upper[i])
