@@ -117,7 +117,7 @@ def _captioned(picture: Image.Image, captions: Sequence[str], columns: int, imag
     rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
     if all(row == rows[0][: len(row)] for row in rows):
         rows = [rows[0]] + [()] * (-(-len(images) // columns) - 1)
-    fonts = [ImageFont.load_default(size=size) for size in CAPTION_SIZES]
+    fonts = [_font(size, "".join(captions)) for size in CAPTION_SIZES]
     font = next((font for font in fonts if all(font.getlength(text) < width for text in captions)), fonts[-1])
     padding = picture.height - len(rows) * height  # below a row; the next one begins with it too
     num_captioned = sum(map(bool, rows))
@@ -134,6 +134,15 @@ def _captioned(picture: Image.Image, captions: Sequence[str], columns: int, imag
         bottom = top + height + padding
         shown.paste(picture.crop((0, number * height, picture.width, (number + 1) * height + padding)), (0, top))
     return shown
+
+
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font or, where it lacks letters of a text, that of matplotlib, which has those of most alphabets."""
+    if text.isascii():
+        return ImageFont.load_default(size=size)
+    import matplotlib  # takes a part of a second
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _to_png(image: Image.Image) -> bytes:

@@ -58,6 +58,12 @@ def test_a_grid_has_columns_for_images_that_repeat(num: int, columns: int) -> No
     assert columns_for(num) == columns
 
 
+def test_captions_of_other_alphabets_are_legible_and_differ() -> None:
+    images = torch.zeros(1, 1, 28, 28)
+    pictures = [grid_png(images, captions=[text]) for text in ("é", "Ä", "ß", "жук", "ελιά", "ł")]
+    assert len(set(pictures)) == len(pictures)  # a letter that a font lacks is a box
+
+
 @pytest.mark.parametrize("num", [5, 6])
 def test_captions_stand_above_their_images_or_once_where_all_rows_have_the_same(tmp_path: Path, num: int) -> None:
     images = torch.rand(num, 1, 28, 28, generator=torch.Generator().manual_seed(0))
