@@ -416,7 +416,7 @@ def evaluate(
     from vqvae.storage.runs import describe, find_classifier, is_shipped
 
     pair = load(vqvae, prior, device)
-    require_apart(output_folder / "report.png", pair.info, dataset)
+    require_apart(output_folder / "real.png", pair.info, dataset)
     file = find_classifier(classifier, partial(fits, info=pair.info), pair.files[0])
     say(f"weights: {pair.origin}" + (f", measured with {describe(file)}" if file else ""))
     if file is None and pair.info.class_names:

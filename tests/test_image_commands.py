@@ -240,12 +240,15 @@ def test_what_is_read_is_not_written_over_and_gets_no_pictures(pair: Pair, tmp_p
     def check(command: str, source: list[object], output: Path, *flag: str) -> None:
         pair_flags = learned[: 2 if command == "reconstruct" else 4]
         result = run(command, *pair_flags, *source, *(flag or ["--output"]), output, "--data-folder", tmp_path / "data")
-        assert (result.status, "error: expected an output apart from" in result.stderr) == (1, True), result.stderr
+        assert (result.status, "error: expected an output apart from images" in result.stderr) == (1, True), (
+            result.stderr
+        )
 
     for command in ("reconstruct", "complete"):
         check(command, ["--images", set_folder / "deep" / "3.png"], set_folder / "deep" / "3.png")
         check(command, ["--images", set_folder / "deep" / "3.png"], tmp_path / "link.png")
         check(command, ["--images", set_folder], set_folder / "new.png")
+        check(command, ["--images", "own"], set_folder / "new.png")  # the model's own dataset
     for command in ("reconstruct", "complete", "score"):
         check(command, ["--images", array_file], array_file)
         check(command, ["--dataset", array_file], array_file)

@@ -69,7 +69,7 @@ class ImageChoice:
 
 
 def require_apart(output: Path, info: DatasetInfo, dataset: str | None, images: Path | None = None) -> None:
-    """Refuse to write over a file that is read, and to put a picture among images that are read.
+    """Refuse to write over a file that is read, and to put a picture among a user's images or those of a dataset.
 
     Args:
         output: the file that is to be written.
@@ -79,13 +79,15 @@ def require_apart(output: Path, info: DatasetInfo, dataset: str | None, images: 
         InputError: the output lies there.
     """
     source = (info.source or info.name) if dataset is None else dataset
-    if images is None and source in KNOWN:
-        return
-    written, read = (Path(os.path.realpath(path)) for path in (output, images or source))
-    if written == read or (read.is_dir() and read in written.parents and output.suffix == ".png"):
-        raise InputError(
-            f"expected an output apart from the images that are read, in {read}, found {output}; name another place"
-        )
+    for place in (images, None if source in KNOWN else source):
+        if place is None:
+            continue
+        written, read = (Path(os.path.realpath(path)) for path in (output, place))
+        if written == read or (read.is_dir() and read in written.parents and output.suffix == ".png"):
+            raise InputError(
+                f"expected an output apart from images that are there already, {place}, found {output}; name another "
+                f"place"
+            )
 
 
 def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
