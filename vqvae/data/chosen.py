@@ -83,7 +83,8 @@ def require_apart(output: Path, info: DatasetInfo, dataset: str | None, images: 
         if place is None:
             continue
         written, read = (Path(os.path.realpath(path)) for path in (output, place))
-        if written == read or (read.is_dir() and read in written.parents and output.suffix == ".png"):
+        within = os.path.isdir(read) and read in written.parents  # noqa: PTH112  # Path's own raises where a name is bad
+        if written == read or (within and output.suffix == ".png"):
             raise InputError(
                 f"expected an output apart from images that are there already, {place}, found {output}; name another "
                 f"place"
