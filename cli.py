@@ -257,7 +257,7 @@ def reconstruct(
 ) -> None:
     from vqvae.codec import reconstruct
     from vqvae.compute import pick_device
-    from vqvae.data.chosen import ImageChoice
+    from vqvae.data.chosen import ImageChoice, require_apart
     from vqvae.data.dataset import DatasetInfo
     from vqvae.model import load_vqvae
     from vqvae.output import check_output, save_images
@@ -269,10 +269,12 @@ def reconstruct(
     check_output(output)
     file = find_vqvae(vqvae)
     model, header = load_vqvae(file, pick_device(device))
+    info = from_dict(DatasetInfo, header.data)
+    require_apart(output, info, dataset, images)
     say(f"weights: {describe(file)}")
-    pixels, names = choice.read(from_dict(DatasetInfo, header.data), num_images=100)
+    pixels, names = choice.read(info, num_images=100)
     arrays = reconstruct(model, pixels)
-    save_images(output, {**arrays, "names": names}, pairs(arrays["images"], arrays["reconstructions"]))
+    save_images(output, {**arrays, "names": names}, **pairs(arrays["images"], arrays["reconstructions"]))
     error, psnr = (arrays[name].mean() for name in ("squared_error", "psnr_db"))
     say(f"mean of {len(pixels)} images: squared error {error:.5f}, PSNR {psnr:.2f} dB\nwrote {output}")
 
@@ -305,7 +307,7 @@ def complete(
     from prior.completions import as_grid, complete
     from prior.labels import parse_label
     from prior.sampling import check_options
-    from vqvae.data.chosen import ImageChoice
+    from vqvae.data.chosen import ImageChoice, require_apart
     from vqvae.output import check_output, save_images
 
     choice = ImageChoice(images, dataset, num_images, data_folder, download)
@@ -313,6 +315,7 @@ def complete(
     check_options(**options)
     check_output(output)
     pair = load(vqvae, prior, device)
+    require_apart(output, pair.info, dataset, images)
     options["label"] = None if labels is None else parse_label(labels, pair.info.class_names)
     say(f"weights: {pair.origin}")
     pixels, names = choice.read(pair.info, num_images=8)
@@ -337,13 +340,15 @@ def score(
 ) -> None:
     from prior import load
     from prior.scores import as_text, save_scores, score
-    from vqvae.data.chosen import ImageChoice
+    from vqvae.data.chosen import ImageChoice, require_apart
     from vqvae.output import check_output
 
     choice = ImageChoice(images, dataset, num_images, data_folder, download)
     if output is not None:
         check_output(output, ".csv", ".npz")
     pair = load(vqvae, prior, device)
+    if output is not None:
+        require_apart(output, pair.info, dataset, images)
     say(f"weights: {pair.origin}")
     pixels, names = choice.read(pair.info, num_images=100)
     with progress(len(pixels) * max(pair.info.num_classes, 1), "map") as bar:
@@ -355,7 +360,7 @@ def score(
 
 @app.command(help="Real images, reconstructions, both Gaussian baselines and the prior's samples, side by side.")
 def compare(
-    num_samples: Annotated[int | None, Option(min=1, help="Images of each mode [default: 3 of each class]")] = None,
+    num_samples: Annotated[int | None, Option(min=1, help="Images of each mode [default: three rows]")] = None,
     dataset: OtherDataset = None,
     data_folder: DataFolder = DATA,
     device: Device = "auto",
@@ -368,11 +373,13 @@ def compare(
 ) -> None:
     from prior import load
     from prior.evaluation.comparison import as_text, compare_modes, save_comparison
+    from vqvae.data.chosen import require_apart
     from vqvae.data.load import load_like
     from vqvae.output import check_output
 
     check_output(output)
     pair = load(vqvae, prior, device)
+    require_apart(output, pair.info, dataset)
     say(f"weights: {pair.origin}")
     data = load_like(pair.info, dataset, data_folder, download=download)
     modes = compare_modes(pair, data, num_samples=num_samples, seed=seed)
@@ -404,11 +411,13 @@ def evaluate(
     from prior import load
     from prior.evaluation.measure import fits
     from prior.evaluation.report import evaluate_and_report
+    from vqvae.data.chosen import require_apart
     from vqvae.data.load import load_like
     from vqvae.storage.runs import describe, find_classifier, is_shipped
 
     pair = load(vqvae, prior, device)
-    file = find_classifier(classifier, partial(fits, info=pair.info))
+    require_apart(output_folder / "real.png", pair.info, dataset)
+    file = find_classifier(classifier, partial(fits, info=pair.info), pair.files[0])
     say(f"weights: {pair.origin}" + (f", measured with {describe(file)}" if file else ""))
     if file is None and pair.info.class_names:
         _, height, width = pair.info.image_shape

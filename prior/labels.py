@@ -69,7 +69,7 @@ def parse_label(text: str, class_names: Sequence[str]) -> int:
     Raises:
         InputError: it is neither.
     """
-    if text not in class_names and NUMBER.fullmatch(text):
+    if class_names and text not in class_names and NUMBER.fullmatch(text):
         return int(text)  # `to_labels` says whether there is such a class
     return class_number(text, class_names)
 
@@ -88,7 +88,7 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
         )
     known = ", ".join(class_names[:MOST_NAMES]) + (", ..." if len(class_names) > MOST_NAMES else "")
     close = get_close_matches(name, class_names, n=1)
-    remedy = f"did you mean {close[0]!r:.80}?" if close else "or a number or a range of numbers, such as 0-1"
+    remedy = f"did you mean {close[0]!r:.80}?" if close else f"give such names, or numbers in 0..{len(class_names) - 1}"
     raise InputError(f"expected `labels` to be names of classes ({known:.300}), found {name!r:.80}; {remedy}")
 
 

@@ -17,7 +17,7 @@ from prior.labels import to_labels
 from prior.likelihood import label_log_joint, nats_per_map
 from prior.maps import draw_labels_given, draw_maps
 from prior.model import GatedPixelCNN, load_prior
-from prior.sampling import GUIDANCE, check_options, draw_labels
+from prior.sampling import check_options, draw_labels, guidance_for
 from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, memory_for, pick_device, require_samples, require_whole, seeded
 from vqvae.data.dataset import DatasetInfo
@@ -214,9 +214,8 @@ class Pair:
             return self._draw(generator, of_each, guidance, known_codes=known_codes, **options)
 
     def _draw(self, generator: torch.Generator, labels: Tensor, guidance: float | None, **options: Any) -> Samples:
-        """`draw_maps`, decoded. Without classes there is nothing to guide by."""
-        if guidance is None:
-            guidance = GUIDANCE if self.prior.num_classes > 0 else 1.0
+        """`draw_maps`, decoded."""
+        guidance = guidance_for(self.prior.num_classes, guidance)
         indices = draw_maps(self.prior, len(labels), generator, labels=labels, guidance=guidance, **options)
         return Samples(self.decode(indices), indices, labels)
 

@@ -84,6 +84,22 @@ def sample_codes(
     return all_reduce_sum(maps).cpu()  # a map that another process drew is zero here
 
 
+def guidance_for(num_classes: int, guidance: float | None) -> float:
+    """The guidance that was asked for, or else the default, which is 1 where there are no classes to guide by.
+
+    Raises:
+        InputError: another one was asked for there.
+    """
+    if guidance is None:
+        return GUIDANCE if num_classes > 0 else 1.0
+    if num_classes == 0 and guidance != 1:
+        raise InputError(
+            f"expected no `guidance`, because the prior has no classes to guide by, found {plain(guidance)}; leave it "
+            f"out"
+        )
+    return guidance
+
+
 def check_options(
     guidance: float | None = None,
     temperature: float | None = None,

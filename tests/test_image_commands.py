@@ -18,6 +18,7 @@ from prior.completions import complete
 from prior.scores import score
 from tests.helpers import FIXTURE, Result, make_prior, make_vqvae, mnist, run, save_model, save_pair
 from vqvae.codec import reconstruct
+from vqvae.data.pixels import to_bytes
 from vqvae.storage import runs
 
 COMMANDS = ["reconstruct", "complete", "score"]
@@ -102,6 +103,17 @@ def test_reconstruct_writes_arrays_and_says_what_is_lost(
     ]
 
 
+def test_a_few_originals_stand_above_their_reconstructions_too(pair: Pair, tmp_path: Path) -> None:
+    succeed("reconstruct", "--num-images", 3, "--output", tmp_path / "r.png")
+    assert size(tmp_path / "r.png") == (4 + 3 * 60, 4 + 2 * 60)
+    expected = to_bytes(reconstruct(pair.vqvae, TEST[:3])["reconstructions"])
+    with Image.open(tmp_path / "r.png") as picture:
+        found = torch.from_numpy(np.array(picture))[4::2, 4::2, 0]
+    for i in range(3):
+        assert torch.equal(found[:28, 30 * i : 30 * i + 28], TEST[i, 0])
+        assert torch.equal(found[30:58, 30 * i : 30 * i + 28], expected[i, 0])
+
+
 def test_reconstruct_draws_pairs_in_one_picture(tmp_path: Path) -> None:
     succeed("reconstruct", "--output", tmp_path / "r.png")
     assert size(tmp_path / "r.png") == (604, 2 * (2 + 20 * 30))  # 100 images, twice as large
@@ -157,7 +169,9 @@ def test_without_classes_there_are_no_labels_to_score_or_to_ask_for(tmp_path: Pa
     named = ["--vqvae", files[0], "--prior", files[1], "--images", "own"]
     assert succeed("score", *named).stdout.splitlines()[1].split() == ["name", "nats", "bits", "bits", "per", "code"]
     succeed("complete", *named, "--output", tmp_path / "c.png")
-    refuse("complete", *named, "--label", "cat", saying="expected --label to be left out, because the prior has no")
+    for label in ("cat", "0"):
+        refuse("complete", *named, "--label", label, saying="expected --label to be left out, because the prior has no")
+    refuse("complete", *named, "--guidance", 2, saying="expected no --guidance, because the prior has no classes to")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -208,6 +222,40 @@ def test_another_dataset_of_the_same_shape_will_do(command: str, tmp_path: Path)
     assert f"wrote {tmp_path / 'o.npz'}" in succeed(command, *options).stdout
     names = [row for row in arrays_in(tmp_path / "o.npz")["names"] if row in NUMBERS]
     assert 0 < len(names) < 20
+
+
+def test_what_is_read_is_not_written_over_and_gets_no_pictures(pair: Pair, tmp_path: Path) -> None:
+    set_folder, array_file = tmp_path / "set", tmp_path / "set.npz"
+    (set_folder / "deep").mkdir(parents=True)
+    for number, image in enumerate(TEST[:60]):
+        Image.fromarray(image[0].numpy()).save(set_folder / "deep" / f"{number}.png")
+    np.savez(array_file, images=TEST[:60, 0].numpy())
+    (tmp_path / "link.png").symlink_to(set_folder / "deep" / "3.png")
+    info = replace(pair.info, source=str(set_folder))
+    header = save_model(tmp_path / "vqvae.safetensors", pair.vqvae, "vqvae", info)
+    save_model(tmp_path / "prior.safetensors", pair.prior, "prior", info, header.fingerprint)
+    learned = ["--vqvae", tmp_path / "vqvae.safetensors", "--prior", tmp_path / "prior.safetensors"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def check(command: str, source: list[object], output: Path, *flag: str) -> None:
+        pair_flags = learned[: 2 if command == "reconstruct" else 4]
+        result = run(command, *pair_flags, *source, *(flag or ["--output"]), output, "--data-folder", tmp_path / "data")
+        assert (result.status, "error: expected an output apart from images" in result.stderr) == (1, True), (
+            result.stderr
+        )
+
+    for command in ("reconstruct", "complete"):
+        check(command, ["--images", set_folder / "deep" / "3.png"], set_folder / "deep" / "3.png")
+        check(command, ["--images", set_folder / "deep" / "3.png"], tmp_path / "link.png")
+        check(command, ["--images", set_folder], set_folder / "new.png")
+        check(command, ["--images", "own"], set_folder / "new.png")  # the model's own dataset
+    for command in ("reconstruct", "complete", "score"):
+        check(command, ["--images", array_file], array_file)
+        check(command, ["--dataset", array_file], array_file)
+    for command in ("reconstruct", "complete", "compare"):
+        check(command, [], set_folder / "deep" / "new.png")
+    check("evaluate", [], set_folder / "deep", "--output-folder")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,13 @@ def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
     return F.pad(picture, (0, PADDING, 0, PADDING), value=GREY).expand(3, -1, -1)
 
 
-def pairs(upper: Tensor, lower: Tensor) -> Tensor:
-    """Images (N, C, H, W) above others, in rows of a grid: (M, C, H, W), with grey ones where the last row ends."""
+def pairs(upper: Tensor, lower: Tensor) -> dict[str, Any]:
+    """What `output.save_images` shows of images (N, C, H, W) that stand above others, with grey ones where the last row
+    ends."""
     columns = min(len(upper), COLUMNS)
     both = F.pad(torch.stack([upper, lower]), (0, 0, 0, 0, 0, 0, 0, -len(upper) % columns), value=GREY)
-    return rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
+    shown = rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
+    return {"shown": shown, "columns": columns}
 
 
 def columns_for(num: int) -> int:
@@ -114,7 +117,7 @@ def _captioned(picture: Image.Image, captions: Sequence[str], columns: int, imag
     rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
     if all(row == rows[0][: len(row)] for row in rows):
         rows = [rows[0]] + [()] * (-(-len(images) // columns) - 1)
-    fonts = [ImageFont.load_default(size=size) for size in CAPTION_SIZES]
+    fonts = [_font(size, "".join(captions)) for size in CAPTION_SIZES]
     font = next((font for font in fonts if all(font.getlength(text) < width for text in captions)), fonts[-1])
     padding = picture.height - len(rows) * height  # below a row; the next one begins with it too
     num_captioned = sum(map(bool, rows))
@@ -131,6 +134,15 @@ def _captioned(picture: Image.Image, captions: Sequence[str], columns: int, imag
         bottom = top + height + padding
         shown.paste(picture.crop((0, number * height, picture.width, (number + 1) * height + padding)), (0, top))
     return shown
+
+
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font or, where it lacks letters of a text, that of matplotlib, which has those of most alphabets."""
+    if text.isascii():
+        return ImageFont.load_default(size=size)
+    import matplotlib  # takes a part of a second
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _to_png(image: Image.Image) -> bytes:

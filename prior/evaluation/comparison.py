@@ -19,7 +19,7 @@ from vqvae.compute import derive_seed, eval_mode
 from vqvae.data.dataset import Dataset, require_same_kind
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
-from vqvae.pictures import COLUMNS, save_sheet
+from vqvae.pictures import columns_for, save_sheet
 from vqvae.quantizer import codes_used, count_codes
 from vqvae.storage.files import write_arrays
 
@@ -47,7 +47,8 @@ def compare_modes(pair: Pair, dataset: Dataset, *, num_samples: int | None = Non
     each column. Distances are measured to the validation images.
 
     Args:
-        num_samples: images of each mode, a multiple of the number of classes. None stands for three rows of the sheet.
+        num_samples: images of each mode, a multiple of the number of classes. None stands for three rows of the sheet,
+            or for fewer where the test split has fewer.
         seed: each mode draws from a generator of its own, derived from it.
     Raises:
         InputError: `num_samples` is no multiple of the number of classes, or the test split has too few images of a
@@ -55,9 +56,9 @@ def compare_modes(pair: Pair, dataset: Dataset, *, num_samples: int | None = Non
     """
     info, vqvae = pair.info, pair.vqvae
     require_same_kind(info, dataset.info)
-    num_samples = NUM_ROWS * (info.num_classes or COLUMNS) if num_samples is None else num_samples
     test = dataset.load_test()
     chosen = first_of_each_class(test.labels, num_samples, info.num_classes)
+    num_samples = len(chosen)
     unlabelled = torch.full((num_samples,), UNLABELLED)
     real, labels = test.images[chosen], test.labels[chosen] if info.class_names else unlabelled
 
@@ -105,25 +106,27 @@ def save_comparison(modes: list[Mode], output: Path, class_names: Sequence[str])
     """Write the modes to a file: one sheet of pictures as .png, or else the arrays of all modes in a row as .npz.
 
     Args:
-        class_names: of the images. More than one are the columns of the sheet.
+        class_names: of the images. More than one stand above the columns of the sheet.
     Raises:
         InputError: the file can't be written.
     """
     if output.suffix == ".png":
-        heads = class_names if len(class_names) > 1 else ()
-        sections = [(mode.title, mode.images) for mode in modes]
-        save_sheet(sections, output, len(heads) or COLUMNS, heads)
+        columns = min(_columns(len(class_names)), len(modes[0].images))
+        heads = [class_names[i % len(class_names)] for i in range(columns)] if len(class_names) > 1 else ()
+        save_sheet([(mode.title, mode.images) for mode in modes], output, columns, heads)
         return
     names = np.array([mode.name for mode in modes for _ in mode.labels])
     arrays = {name: torch.cat([getattr(m, name) for m in modes]).numpy() for name in ("images", "indices", "labels")}
     write_arrays(output, {**arrays, "modes": names})
 
 
-def first_of_each_class(labels: Tensor, num_samples: int, num_classes: int) -> Tensor:
+def first_of_each_class(labels: Tensor, num_samples: int | None, num_classes: int) -> Tensor:
     """Positions (num_samples,) of the first labels of each class, so that row i has the i-th of every class.
 
     Without classes they are the first positions.
 
+    Args:
+        num_samples: None stands for three rows of the sheet, or for fewer where there are fewer labels.
     Raises:
         InputError: `num_samples` is no multiple of the number of classes, or a class has too few labels.
     """
@@ -131,14 +134,20 @@ def first_of_each_class(labels: Tensor, num_samples: int, num_classes: int) -> T
     fewest = int(torch.bincount(labels, minlength=columns).min())
     if fewest == 0:
         raise InputError("expected test images of every class, found none of some; choose data that has some of each")
+    num_samples = min(NUM_ROWS * _columns(num_classes), fewest * columns) if num_samples is None else num_samples
     num_rows = min(max(num_samples // columns, 1), fewest)
     if num_samples != num_rows * columns:
+        multiple = f", a multiple of {columns}, the number of classes," if num_classes > 1 else ""
         raise InputError(
-            f"expected `num_samples` to be a multiple of {columns}, the number of classes, and at most "
-            f"{columns * fewest}, for which there are enough test images of every class, found {num_samples}; try "
-            f"`num_samples={num_rows * columns}`"
+            f"expected `num_samples`{multiple} between {columns} and {columns * fewest}, for which there are enough "
+            f"test images, found {num_samples}; try `num_samples={num_rows * columns}`"
         )
     return torch.stack([(labels == label).nonzero()[:num_rows, 0] for label in range(columns)], dim=1).flatten()
+
+
+def _columns(num_classes: int) -> int:
+    """Columns of the sheet, of which each shows one class: as many as there are classes, or a multiple of few."""
+    return max(columns_for(num_classes or 1), num_classes)
 
 
 def _to_mode(

@@ -35,7 +35,7 @@ from prior.independent import nats_by_position as unigram_nats_by_position
 from prior.independent import unigram
 from prior.model import GatedPixelCNN
 from prior.pair import Pair
-from prior.sampling import GUIDANCE, check_options
+from prior.sampling import GUIDANCE, check_options, guidance_for
 from vqvae.compute import require_whole
 from vqvae.console import progress, say
 from vqvae.data.dataset import Dataset, DatasetInfo, Split, require_same_kind
@@ -93,6 +93,7 @@ def evaluate_pair(
     if split not in ("validation", "test"):
         raise InputError(f"expected `split` to be validation or test, found {split!r}; try `split=test`")
     check_options(guidance)
+    guidance = guidance_for(pair.info.num_classes, guidance)
     if num_samples is not None:
         require_whole("num_samples", num_samples, FEWEST_IMAGES, remedy=f"try `num_samples={FEWEST_IMAGES}`")
     if accuracy_score:
@@ -115,7 +116,7 @@ def evaluate_pair(
         splits,
         num_samples=len(splits[split].images) if num_samples is None else num_samples,
         seed=seed,
-        guidance=GUIDANCE if guidance is None else guidance,
+        guidance=guidance,
     )
     evaluation.figures["origin"] |= {stage: header.fingerprint for stage, header in headers.items()}
     if accuracy_score:

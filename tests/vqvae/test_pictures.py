@@ -42,7 +42,9 @@ def test_a_picture_is_large_enough_to_look_at(tmp_path: Path, side: int, scale: 
 @pytest.mark.parametrize("num", [1, 7, 10, 13])
 def test_pairs_stand_one_above_the_other_in_rows_of_a_grid(num: int) -> None:
     upper, lower = make_split(num).images / 255, make_split(num, seed=1).images / 255
-    columns, found = min(num, 10), pairs(upper, lower)
+    columns, both = min(num, 10), pairs(upper, lower)
+    found = both["shown"]
+    assert both["columns"] == columns  # of the grid, in which the lower row then follows the upper one
     for i in range(num):
         row, column = divmod(i, columns)
         assert torch.equal(found[2 * row * columns + column], upper[i])
@@ -54,6 +56,12 @@ def test_pairs_stand_one_above_the_other_in_rows_of_a_grid(num: int) -> None:
 @pytest.mark.parametrize(("num", "columns"), [(1, 10), (2, 10), (3, 9), (6, 6), (10, 10), (26, 10)])
 def test_a_grid_has_columns_for_images_that_repeat(num: int, columns: int) -> None:
     assert columns_for(num) == columns
+
+
+def test_captions_of_other_alphabets_are_legible_and_differ() -> None:
+    images = torch.zeros(1, 1, 28, 28)
+    pictures = [grid_png(images, captions=[text]) for text in ("é", "Ä", "ß", "жук", "ελιά", "ł")]
+    assert len(set(pictures)) == len(pictures)  # a letter that a font lacks is a box
 
 
 @pytest.mark.parametrize("num", [5, 6])

@@ -1,5 +1,6 @@
 """The images that a command works on: a user's own, or the first ones of a test split."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from vqvae.data.arrays import read_images
 from vqvae.data.dataset import DatasetInfo
 from vqvae.data.folder import readable_images
 from vqvae.data.images import find_images, read_shape
-from vqvae.data.load import load_like
+from vqvae.data.load import KNOWN, load_like
 from vqvae.errors import InputError
 
 
@@ -65,6 +66,29 @@ class ImageChoice:
         else:
             num_images = require_whole("num_images", self.num_images, 1, most, f"try `num_images={most}`")
         return ChosenImages(images[:num_images], tuple(map(str, range(num_images))))
+
+
+def require_apart(output: Path, info: DatasetInfo, dataset: str | None, images: Path | None = None) -> None:
+    """Refuse to write over a file that is read, and to put a picture among a user's images or those of a dataset.
+
+    Args:
+        output: the file that is to be written.
+        info: the facts that the model's checkpoint has about its dataset.
+        dataset, images: as in `ImageChoice`.
+    Raises:
+        InputError: the output lies there.
+    """
+    source = (info.source or info.name) if dataset is None else dataset
+    for place in (images, None if source in KNOWN else source):
+        if place is None:
+            continue
+        written, read = (Path(os.path.realpath(path)) for path in (output, place))
+        within = os.path.isdir(read) and read in written.parents  # noqa: PTH112  # Path's own raises where a name is bad
+        if written == read or (within and output.suffix == ".png"):
+            raise InputError(
+                f"expected an output apart from images that are there already, {place}, found {output}; name another "
+                f"place"
+            )
 
 
 def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:

@@ -87,9 +87,10 @@ def find_vqvae(given: Path | None) -> Path:
     return given or _newest("vqvae")
 
 
-def find_classifier(given: Path | None, fits: Callable[[Header], bool]) -> Path | None:
-    """The given classifier checkpoint, or else the user's newest that fits, or else the shipped one if that fits."""
-    return given or next((path for path, header in _readable("classifier") if fits(header)), None)
+def find_classifier(given: Path | None, fits: Callable[[Header], bool], beside: Path | None = None) -> Path | None:
+    """The given classifier checkpoint, or else the one beside another file, the user's newest, or the shipped one: the
+    first that fits."""
+    return given or next((path for path, header in _readable("classifier", beside) if fits(header)), None)
 
 
 def find_pair(vqvae: Path | None, prior: Path | None) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from prior.evaluation import comparison
 from prior.evaluation.comparison import as_text, compare_modes, first_of_each_class, save_comparison
 from prior.likelihood import nats_per_map
 from prior.maps import draw_maps
@@ -80,23 +81,50 @@ def test_every_mode_has_its_images_and_figures_and_is_in_the_table_and_the_files
     for name in ("images", "indices", "labels"):
         assert np.array_equal(arrays[name], torch.cat([getattr(mode, name) for mode in found]).numpy())
     (_, height, width), scale = SHAPES[num_classes], -(-56 // min(SHAPES[num_classes][1:]))
-    with Image.open(tmp_path / "c.png") as sheet:  # two rows of as many columns as there are classes, or else ten
-        grid = scale * (columns * (width + 2) + 2)
-        assert sheet.width == grid + 24 or (columns == 3 and sheet.width > grid + 24)  # a title is wider
-        assert sheet.height == len(modes) * (scale * (2 * (height + 2) + 2) + 30) + 12 + 15 * (num_classes > 0)
+    with Image.open(tmp_path / "c.png") as sheet:  # one row of three classes twice, two of more, or else of ten images
+        shown_columns, num_rows = (6, 1) if num_classes == 3 else (columns, 2)
+        assert sheet.width == scale * (shown_columns * (width + 2) + 2) + 24
+        assert sheet.height == len(modes) * (scale * (num_rows * (height + 2) + 2) + 30) + 12 + 15 * (num_classes > 0)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "num_test", "num", "columns"),
+    [(10, 60, 30, 10), (3, 60, 27, 9), (3, 12, 12, 9), (3, 6, 6, 6), (26, 52, 52, 26), (0, 60, 30, 10), (0, 4, 4, 4)],
+)
+def test_without_a_number_there_are_three_rows_or_fewer_and_each_column_shows_the_class_that_stands_above_it(
+    num_classes: int, num_test: int, num: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, data = save_pair(tmp_path, SHAPES[num_classes], num_classes), make_data(num_classes, num_test)
+    modes, sheets = compare_modes(pair, data), []
+    monkeypatch.setattr(comparison, "save_sheet", lambda *sheet: sheets.append(sheet))
+    names = data.info.class_names
+    save_comparison(modes, tmp_path / "c.png", names)
+    [(sections, _, shown_columns, heads)] = sheets
+    assert ({len(images) for _, images in sections}, shown_columns, len(heads)) == (
+        {num},
+        columns,
+        columns * (num_classes > 0),
+    )
+    for place, label in enumerate(modes[0].labels.tolist() if heads else ()):
+        assert heads[place % columns] == names[label]
 
 
 def test_samples_that_make_no_whole_rows_and_other_data_are_refused(tmp_path: Path) -> None:
     pair = save_pair(tmp_path)
     for num, data, message in (
-        (15, make_data(), "`num_samples` to be a multiple of 10, .* found 15; try `num_samples=10`"),
-        (0, make_data(), "`num_samples` to be a multiple of 10"),
-        (70, make_data(num_test=65), "at most 60, .* found 70; try `num_samples=60`"),
+        (15, make_data(), "`num_samples`, a multiple of 10, .* found 15; try `num_samples=10`"),
+        (0, make_data(), "`num_samples`, a multiple of 10, the number of classes, between 10 and 60, "),
+        (70, make_data(num_test=65), "between 10 and 60, .* found 70; try `num_samples=60`"),
         (10, make_data(num_test=9), "images of every class, found none of some"),
         (30, make_data(3), "like those of made"),
     ):
         with pytest.raises(InputError, match=message):
             compare_modes(pair, data, num_samples=num)
+
+
+def test_without_classes_the_message_speaks_of_none() -> None:
+    with pytest.raises(InputError, match="expected `num_samples` between 1 and 9, for which there are enough test ima"):
+        first_of_each_class(torch.zeros(9, dtype=torch.int64), 10, 0)
 
 
 @given(num_samples=st.integers(-3, 80), counts=st.lists(st.integers(0, 7), min_size=1, max_size=6))

@@ -199,6 +199,12 @@ def test_of_the_classifiers_that_fit_the_users_newest_is_found_then_the_shipped_
     assert find_classifier(Path("elsewhere"), lambda header: False) == Path("elsewhere")
 
 
+def test_a_classifier_beside_the_pair_is_found_before_newer_ones() -> None:
+    newer, beside = write("b", "classifier"), write("../mine", "classifier", age_s=10, seed=1)
+    assert find_classifier(None, lambda header: True, beside.with_name("vqvae.safetensors")) == beside
+    assert find_classifier(None, lambda header: True, Path("elsewhere/vqvae.safetensors")) == newer
+
+
 def test_a_prior_is_found_with_the_vqvae_that_it_was_trained_on_or_not_at_all() -> None:
     shipped = write("pretrained", "vqvae", seed=1).resolve()
     shipped_prior = write("pretrained", "prior", vqvae=shipped).resolve()
