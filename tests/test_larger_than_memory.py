@@ -42,14 +42,16 @@ print(max(used))
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what memory is used for")
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     peaks = []
-    for num in (1000, 5000):  # 66 and 328 MB
+    for num in (1000, 3000):  # 66 and 197 MB
         folder = tmp_path / str(num)
         folder.mkdir()
         images = np.empty((num, 256, 256), np.uint8)
         images[:] = np.arange(num).view(np.uint8).reshape(num, 1, 8).repeat(32, axis=2)  # no two are the same
         np.savez(folder / "images.npz", images=images)
-        command, environment = [sys.executable, "-c", PROGRAM], {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        # The allocator gives back at once what is freed. Otherwise gaps would be counted too, and they vary.
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
+        command = [sys.executable, "-c", PROGRAM]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(1024 * int(done.stdout.splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 100 * 10**6
+    assert peaks[1] - peaks[0] < 50 * 10**6

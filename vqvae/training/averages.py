@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vqvae.distributed import all_gather
 
+ROWS = 64  # that are kept unread, at first
+
 
 class MetricAverager:
     """Averages of named scalars over samples. Values stay on their device until somebody asks for them.
@@ -20,23 +22,30 @@ class MetricAverager:
 
     def __init__(self, state: Mapping[str, list[float]] | None = None) -> None:
         self.state = {name: list(values) for name, values in (state or {}).items()}  # "num" holds the sample counts
-        self.unread: list[dict[str, Tensor]] = []
+        self.names: list[str] = []
+        self.unread = torch.empty(0, 0)  # a row for each call of `add`; the first `num_unread` are used
+        self.num_unread = 0
 
     def add(self, values: Mapping[str, Tensor], num: int) -> None:
         """Add values that are means over `num` samples."""
-        # Copies: the mean that mse_loss gives still holds the memory of all that it is the mean of.
-        self.unread.append({name: value.detach().clone() for name, value in values.items()})
+        # In one tensor: small ones of every step would keep the memory between them from being used again. And the mean
+        # that mse_loss gives holds the memory of all its elements.
+        self.names, row = list(values), torch.stack([value.detach() for value in values.values()])
+        if len(self.unread) == 0:
+            self.unread = row.new_empty(ROWS, len(row))
+        elif self.num_unread == len(self.unread):
+            self.unread = torch.cat([self.unread, torch.empty_like(self.unread)])
+        self.unread[self.num_unread] = row
+        self.num_unread += 1
         self.state.setdefault("num", []).append(num)
 
     def flush(self) -> list[dict[str, float]]:
         """Read the values that were added since the last flush, and return them. Reading waits for the device."""
-        if not self.unread:
-            return []
-        columns = {name: torch.stack([row[name] for row in self.unread]).tolist() for name in self.unread[0]}
+        columns = dict(zip(self.names, self.unread[: self.num_unread].T.tolist(), strict=True))
         for name, column in columns.items():
             self.state.setdefault(name, []).extend(column)
-        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(self.unread))]
-        self.unread.clear()
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        self.num_unread = 0
         return rows
 
     def gather(self) -> dict[str, list[float]]:
