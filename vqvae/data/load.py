@@ -24,7 +24,7 @@ class DatasetChoice:
     """What a recipe says of its dataset, as `load_dataset` takes it."""
 
     dataset: str = "mnist"
-    image_size: str | None = None
+    image_size: str | int | None = None
 
 
 def load_dataset(

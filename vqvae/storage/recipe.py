@@ -102,7 +102,7 @@ def resolve(
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """An instance of a dataclass, made from plain values whose types are checked.
 
-    A field may have the type int, float, bool or str, a `Literal` of strings, a tuple of these, or one of these or
+    A field may have the type int, float, bool or str, a `Literal` of strings, a tuple of these, or some of these or
     None. JSON and TOML have no tuples, so a list serves for a tuple.
 
     Raises:
@@ -151,8 +151,9 @@ def _checked(key: str, value: Any, expected: Any) -> Any:
             raise InputError(f"expected `{key}` to be one of {', '.join(map(repr, arguments))}, found {_shown(value)}")
         return value
     if kind in (types.UnionType, Union):  # such as int | None
-        (other,) = (argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else _checked(key, value, other)
+        others = [argument for argument in arguments if argument is not types.NoneType]
+        fitting = type(value) if type(value) in others else others[0]
+        return None if value is None else _checked(key, value, fitting)
     if kind is tuple and isinstance(value, list | tuple):
         element_types = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         if len(value) == len(element_types):

@@ -25,6 +25,8 @@ def test_overrides_replace_the_recipe_and_the_recipe_the_defaults() -> None:
     config, training, _ = resolve(VQVAE, recipe, overrides)
     assert config == VQVAEConfig(width=16)
     assert training == VQVAETraining(lr=0.25, num_epochs=3)  # an override that is zero or false counts as given
+    for size in (32, "28x36", None):
+        assert resolve(VQVAE, {"image_size": size}, {})[2] == DatasetChoice(image_size=size)
 
 
 @pytest.mark.parametrize(
