@@ -20,8 +20,7 @@ AT_ONCE = 1000  # images between two moves of the progress bar
 
 
 class Codes(NamedTuple):
-    """indices (N, H, W) and labels (N,) int64, on the CPU. The indices are int64, or int16 where they are mapped from
-    disk."""
+    """indices (N, H, W) int16 and labels (N,) int64, on the CPU."""
 
     indices: Tensor
     labels: Tensor
@@ -62,9 +61,9 @@ def extract_cached(model: VQVAE, fingerprint: str, split: Split, name: str, fold
 
 
 def _encoded(model: VQVAE, split: Split, progress: Callable[[int], object]) -> Iterator[Tensor]:
-    """The code maps of a split, (n, H, W) int64 on the CPU, piece by piece."""
+    """The code maps of a split, (n, H, W) int16 on the CPU, piece by piece."""
     for rows in in_batches(len(split.labels), AT_ONCE):
-        yield encode_images(model, split.images[rows]).cpu()
+        yield encode_images(model, split.images[rows]).to("cpu", torch.int16)
         progress(rows.stop - rows.start)
 
 

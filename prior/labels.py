@@ -99,7 +99,7 @@ def names_of(labels: Tensor, class_names: Sequence[str]) -> list[str]:
 
 def _to_tensor(labels: Any, class_names: Sequence[str]) -> Tensor:
     if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1:
-        return labels  # there may be millions
+        return labels.cpu()  # there may be millions
     try:
         if isinstance(labels, str):  # it would be read letter by letter
             raise TypeError

@@ -83,12 +83,19 @@ def mixture_nats_per_map(prior: GatedPixelCNN, indices: Tensor, frequencies: Ten
     return -label_log_joint(prior, indices, frequencies).logsumexp(dim=1)
 
 
-def nats_by_position(prior: GatedPixelCNN, codes: Codes) -> Tensor:
-    """Mean negative log-likelihood of each position (H, W) over a split, with its labels."""
+def nats_by_position(
+    prior: GatedPixelCNN, codes: Codes, progress: Callable[[int], object] = lambda num_done: None
+) -> Tensor:
+    """Mean negative log-likelihood of each position (H, W) over a split, with its labels, on the CPU.
+
+    Args:
+        progress: called with the number of maps that were scored since the last call.
+    """
     total = torch.zeros(prior.map_shape, dtype=torch.float64, device=prior.device)
     with eval_mode(prior):
         for rows in in_batches(len(codes.labels), maps_at_once(prior)):
             indices = codes.indices[rows].to(prior.device).long()
             logits = prior(indices, codes.labels[rows].to(prior.device))
             total += F.cross_entropy(logits, indices, reduction="none").sum(dim=0)
-    return total / len(codes.labels)
+            progress(len(indices))
+    return total.cpu() / len(codes.labels)

@@ -1,4 +1,4 @@
-"""Code maps that are drawn from the prior, and the labels that known codes suggest."""
+"""Code maps: drawn from the prior, the labels that known codes suggest, and a check of what a caller gives."""
 
 import math
 from functools import partial
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prior.checks import check_maps
 from prior.incremental import IncrementalLogits
 from prior.labels import to_labels
 from prior.likelihood import label_log_joint
@@ -77,3 +76,31 @@ def draw_labels_given(
     joint = label_log_joint(prior, known_codes.clamp(min=0), frequencies, counted=counted)
     chances = joint.softmax(dim=1).repeat_interleave(num_samples, dim=0)  # (N num_samples, num_classes)
     return invert_cumulative(chances, torch.rand(len(chances), generator=generator, dtype=torch.float64))
+
+
+def check_maps(
+    what: str, maps: object, map_shape: tuple[int, int], num_codes: int, *, num: int | None = None, least: int = 0
+) -> None:
+    """Refuse code maps that no VQ-VAE of this kind gives.
+
+    Args:
+        what: how a message names the maps.
+        maps: (N, H, W) int64 in least..num_codes - 1, on any device.
+        map_shape: (H, W).
+        num: N; None stands for any number of at least 1.
+    Raises:
+        InputError: they are something else.
+    """
+    found = type(maps).__name__
+    if isinstance(maps, Tensor):
+        shape = (len(maps) if num is None and maps.ndim > 0 else num, *map_shape)
+        if maps.dtype == torch.int64 and maps.shape == shape and len(maps) > 0:
+            low, high = int(maps.min()), int(maps.max())
+            if not least <= low <= high < num_codes:
+                raise InputError(
+                    f"expected {what} in {least}..{num_codes - 1}, found {low} to {high}; encode the images anew"
+                )
+            return
+        found = f"{maps.dtype} of shape {tuple(maps.shape)}"
+    expected = f"({'N' if num is None else num}, {map_shape[0]}, {map_shape[1]})"
+    raise InputError(f"expected {what} as torch.int64 of shape {expected}, found {found}; encode the images anew")

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prior.checks import check_maps
 from prior.labels import to_labels
 from prior.likelihood import label_log_joint, nats_per_map
-from prior.maps import draw_labels_given, draw_maps
+from prior.maps import check_maps, draw_labels_given, draw_maps
 from prior.model import GatedPixelCNN, load_prior
 from prior.sampling import check_options, draw_labels, guidance_for
 from vqvae.codec import decode_images, encode_images
@@ -202,6 +201,7 @@ class Pair:
         generator = seeded(seed)
         check_options(guidance, *(options.get(name) for name in ("temperature", "top_k", "top_p")))
         check_maps("known codes", known_codes, self.prior.map_shape, self.prior.num_codes, least=-1)
+        known_codes = known_codes.cpu()
         num_samples = require_whole("num_samples", num_samples, 1, remedy="try `num_samples=1`")
         require_samples(len(known_codes) * num_samples, 2 * math.prod(self.vqvae.image_shape))
         with memory_for("num_samples"):

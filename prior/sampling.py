@@ -71,14 +71,14 @@ def sample_codes(
         if number % world_size() != rank():
             continue  # another process draws it
         indices, batch_uniforms = maps[rows], uniforms[rows].to(device)
+        known = None if known_codes is None else known_codes[rows].to(device)
         logits_at = guided(logits_for, labels[rows], no_label, guidance)
         for i in range(height):
             for j in range(width):
                 probabilities = adjust(logits_at(indices, i, j), temperature, top_k, top_p)
                 codes = invert_cumulative(probabilities, batch_uniforms[:, i, j])
-                if known_codes is not None:
-                    known = known_codes[rows, i, j].to(device)
-                    codes = torch.where(known >= 0, known, codes)
+                if known is not None:
+                    codes = torch.where(known[:, i, j] >= 0, known[:, i, j], codes)
                 indices[:, i, j] = codes
         progress(len(indices))
     return all_reduce_sum(maps).cpu()  # a map that another process drew is zero here

@@ -15,7 +15,7 @@ from prior.maps import draw_maps
 from prior.model import GatedPixelCNN, PriorConfig, layers_needed, load_prior
 from vqvae.codec import decode_images
 from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
-from vqvae.data.dataset import Dataset, DatasetInfo, digest, require_same_kind
+from vqvae.data.dataset import Dataset, DatasetInfo, require_same_kind
 from vqvae.data.load import load_like
 from vqvae.distributed import main_first, shard
 from vqvae.model import VQVAE, load_vqvae
@@ -71,7 +71,7 @@ def run_settings(
     start: tuple[GatedPixelCNN, str] | None,
 ) -> dict[str, Any]:
     """All that the result of a training depends on."""
-    origin = {"vqvae": vqvae_header.fingerprint, "data": digest(dataset.train), "start_from": start and start[1]}
+    origin = {"vqvae": vqvae_header.fingerprint, "data": dataset.digest, "start_from": start and start[1]}
     return {**asdict(config), **asdict(training), "seed": seed, **origin}
 
 
@@ -141,9 +141,9 @@ class PriorTask(Task):
     def show(self, log: RunLog, epoch: int, step: int) -> None:
         indices, labels = self.data
         if epoch == 1:
+            example = (indices[:1].to(self.prior.device).long(), labels[:1].to(self.prior.device))
             with eval_mode(self.prior):
-                device = self.prior.device
-                log.graph(self.prior, (indices[:1].to(device).long(), labels[:1].to(device)))
+                log.graph(self.prior, example)
         if epoch % SHOW_EVERY == 0 or epoch == self.training.num_epochs:
             columns = torch.arange(NUM_SHOWN) % COLUMNS % max(self.info.num_classes, 1)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "samples"))

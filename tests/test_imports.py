@@ -21,7 +21,7 @@ RANKING = """
     vqvae.training vqvae.training.settings vqvae.training.signals vqvae.training.averages vqvae.training.logs
     vqvae.training.state vqvae.training.start vqvae.training.loop
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae
-    prior.kernels prior.model prior.incremental prior.sampling prior.checks prior.labels
+    prior.kernels prior.model prior.incremental prior.sampling prior.labels
     prior.codes prior.independent prior.likelihood prior.maps prior.pair prior.completions prior.scores prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vqvae.codec import decode_images
+from vqvae.codec import decode_images, encode_images
 from vqvae.compute import eval_mode, in_batches, memory_for, require_samples, seeded
 from vqvae.model import VQVAE
 
@@ -26,7 +26,7 @@ def gaussian_latents(model: VQVAE, num_samples: int, generator: torch.Generator)
 def gaussian_images(model: VQVAE, num_samples: int, generator: torch.Generator) -> Tensor:
     """Draw x ~ N(0, 1) in the image space, then encode and quantise it."""
     x = torch.randn(num_samples, *model.image_shape, generator=generator)
-    return torch.cat([model.encode(x[rows].to(model.device)) for rows in in_batches(num_samples, BATCH)])
+    return encode_images(model, x)
 
 
 def draw_gaussian(model: VQVAE, source: Literal["latent", "image"], num_samples: int, seed: int) -> dict[str, Tensor]:

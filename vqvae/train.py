@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqvae.codec import reconstruct_images
 from vqvae.compute import eval_mode, images_at_once, in_batches, pick_device, require_memory_to_train, require_whole
 from vqvae.console import remark
-from vqvae.data.dataset import Dataset, DatasetInfo, Split, digest
+from vqvae.data.dataset import Dataset, DatasetInfo, Split
 from vqvae.data.load import load_dataset
 from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
 from vqvae.distributed import all_reduce_sum, main_first, shard
@@ -126,7 +126,7 @@ class VQVAETask(Task):
         start: tuple[VQVAE, str] | None = None,
     ) -> None:
         self.training, self.info, self.path = training, dataset.info, path
-        self.settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(dataset.train)}
+        self.settings = {**asdict(config), **asdict(training), "seed": seed, "data": dataset.digest}
         self.settings["start_from"] = start and start[1]
         torch.manual_seed(seed)
         self.data, self.validation = (dataset.train.images,), dataset.validation

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prior.evaluation.classifier import EVALUATION_BATCH, Classifier, ClassifierConfig, load_classifier
 from vqvae.compute import eval_mode, images_at_once, in_batches, pick_device
-from vqvae.data.dataset import Dataset, DatasetInfo, Deformation, Split, digest
+from vqvae.data.dataset import Dataset, DatasetInfo, Deformation, Split
 from vqvae.data.load import load_dataset
 from vqvae.data.pixels import to_model_range
 from vqvae.distributed import require_one_process
@@ -147,7 +147,7 @@ def train_classifier(
     with run_lock(output_folder, "classifier", resume, overwrite):
         torch.manual_seed(seed)
         model = Classifier(config, data.info.image_shape, data.info.num_classes).to(where)
-        settings = {**asdict(config), **asdict(training), "seed": seed, "data": digest(data.train)}
+        settings = {**asdict(config), **asdict(training), "seed": seed, "data": data.digest}
         task = SavedClassifierTask(model, data, path, settings)
         fit(task, training, Run(output_folder / "classifier", seed, settings, resume))
         best, _ = load_classifier(path, where)

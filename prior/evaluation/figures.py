@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from prior.codes import Codes, extract
+from prior.codes import Codes
 from prior.evaluation.classifier import Classifier, extract_features
 from prior.evaluation.metrics import frechet_distance, frechet_distance_at_infinity, kid, prdc
 from prior.evaluation.sets import ImageSet, unit_images
 from prior.independent import baselines
-from prior.likelihood import label_log_joint, nats_by_position
+from prior.likelihood import label_log_joint
 from prior.model import GatedPixelCNN
 from prior.train import evaluate_prior
 from vqvae.compute import derive_seed, in_batches
 from vqvae.console import progress
-from vqvae.data.dataset import DatasetInfo, Split
-from vqvae.model import VQVAE
+from vqvae.data.dataset import DatasetInfo
 
 AT_ONCE = 1000  # images or maps between two moves of a progress bar
 CONFIDENT = 0.99  # the probability from which on the classifier counts as confident
@@ -67,27 +66,6 @@ def measure_likelihood(prior: GatedPixelCNN, codes: dict[str, Codes], train: Cod
             figures[name] = {"num_maps": len(some.labels), **likelihood}
             bar.update(len(some.labels))
     return figures
-
-
-def extract_codes(vqvae: VQVAE, split: Split) -> Codes:
-    """`extract` of a split that may be large, with a progress bar. The indices are int16."""
-    num = len(split.labels)
-    indices = torch.empty(num, *vqvae.map_shape, dtype=torch.int16)
-    with progress(num, "image", doing="code maps") as bar:
-        for rows in in_batches(num, AT_ONCE):
-            indices[rows] = extract(vqvae, Split(split.images[rows], split.labels[rows]), bar.update).indices
-    return Codes(indices, split.labels)
-
-
-def measure_positions(prior: GatedPixelCNN, codes: Codes) -> Tensor:
-    """`nats_by_position` (h, w) on the CPU, with a progress bar."""
-    total, num = torch.zeros(prior.map_shape, dtype=torch.float64), len(codes.labels)
-    with progress(num, "map", doing="each position") as bar:
-        for rows in in_batches(num, AT_ONCE):
-            some = Codes(codes.indices[rows], codes.labels[rows])
-            total += nats_by_position(prior, some).cpu() * len(some.labels)
-            bar.update(len(some.labels))
-    return total / num
 
 
 def measure_without_label(prior: GatedPixelCNN, codes: Codes, info: DatasetInfo) -> dict[str, float]:

@@ -15,9 +15,7 @@ from prior.codes import extract
 from prior.evaluation.classifier import Classifier, extract_features, load_classifier
 from prior.evaluation.classifier_training import ClassifierTraining, accuracy_after_training_on, require_trainable
 from prior.evaluation.figures import (
-    extract_codes,
     measure_likelihood,
-    measure_positions,
     measure_set,
     measure_without_label,
     structural_similarity,
@@ -33,6 +31,7 @@ from prior.evaluation.sets import (
 )
 from prior.independent import nats_by_position as unigram_nats_by_position
 from prior.independent import unigram
+from prior.likelihood import nats_by_position
 from prior.model import GatedPixelCNN
 from prior.pair import Pair
 from prior.sampling import GUIDANCE, check_options, guidance_for
@@ -164,7 +163,8 @@ def evaluate(
     chosen = {name: choose(split, num_samples, seed) for name, split in {**splits, "train": train.first(most)}.items()}
     reference, held_out = chosen["train"], chosen[measured_name]
     measure = None if classifier is None else _comparing_with(reference.images, classifier, info, seed)
-    train_codes = extract_codes(vqvae, train)
+    with progress(len(train.labels), "image", doing="code maps") as bar:
+        train_codes = extract(vqvae, train, bar.update)
     codes = {name: extract(vqvae, split) for name, split in chosen.items()}
     frequencies = unigram(train_codes, vqvae.config.num_codes)
 
@@ -197,12 +197,14 @@ def evaluate(
     }
     if info.class_names:
         figures["without_label"] = measure_without_label(prior, codes[measured_name], info)
+    with progress(num_samples, "map", doing="each position") as bar:
+        nats = nats_by_position(prior, codes[measured_name], bar.update)
     return Evaluation(
         figures,
         image_sets,
         labelled_samples,
         closest,
-        measure_positions(prior, codes[measured_name]),
+        nats,
         unigram_nats_by_position(frequencies, codes[measured_name].indices).cpu(),
         count_codes(codes[measured_name].indices, vqvae.config.num_codes).cpu(),
     )

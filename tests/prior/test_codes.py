@@ -22,7 +22,7 @@ def test_codes_are_those_of_each_image_alone_under_its_label(monkeypatch: pytest
     monkeypatch.setattr(codec, "BATCH", 7)
     vqvae, split = make_vqvae(num_codes=512), make_split(23)
     codes = extract(vqvae, split)
-    assert (codes.indices.shape, codes.indices.dtype) == ((23, 7, 7), torch.int64)
+    assert (codes.indices.shape, codes.indices.dtype) == ((23, 7, 7), torch.int16)
     assert torch.equal(codes.labels, split.labels)
     with torch.no_grad():
         x = (split.images.double() / 255 * 2 - 1).float()
@@ -30,7 +30,7 @@ def test_codes_are_those_of_each_image_alone_under_its_label(monkeypatch: pytest
     assert (alone == codes.indices).double().mean() > 0.99  # all but ties up to rounding
     assert codes.indices.unique().numel() > 100
     table = torch.zeros(512, 3, requires_grad=True)
-    torch.nn.functional.embedding(codes.indices, table).sum().backward()  # they can be trained on
+    torch.nn.functional.embedding(codes.indices.long(), table).sum().backward()  # they can be trained on
 
 
 def test_extraction_changes_nothing_of_a_model_in_training_and_restores_its_mode() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,11 @@ class Dataset:
     validation: Split
     load_test: Callable[[], Split]
     deformation: Deformation = ANY_KIND
+
+    @cached_property
+    def digest(self) -> str:
+        """`digest` of the training split, by which a run knows its data."""
+        return digest(self.train)
 
 
 def split_validation(full: Split) -> tuple[Split, Split]:

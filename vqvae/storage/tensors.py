@@ -77,7 +77,7 @@ def write_streamed(path: Path, metadata: Mapping[str, str], tensors: Mapping[str
 
 def expect_random_reads(tensor: Tensor) -> None:
     """Tell the system that rows of a mapped tensor will be read in random order. It would otherwise read their
-    neighbours from the disk too, some ten times as much. For other tensors, and on other systems, nothing happens.
+    neighbours from the disk too, some ten times as much. A tensor in memory is none the worse for it.
     """
     if hasattr(mmap, "MADV_RANDOM"):
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE

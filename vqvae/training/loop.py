@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqvae.compute import derive_seed, memory_for, multiplies_bfloat16, seed_globally
+from vqvae.compute import derive_seed, memory_for, multiplies_bfloat16, seed_globally, to_device
 from vqvae.console import progress, say
 from vqvae.distributed import any_rank, barrier, batch_shard, is_main, rank, sum_gradients
 from vqvae.errors import InputError, Interrupted
@@ -174,7 +174,7 @@ class _Loop:
             group["lr"] = learning_rate(self.training, i / self.total_steps)
         start = (i % self.epoch_steps) * batch_size
         rows = order[start : start + batch_size]
-        batch = self.task.prepare(*(tensor[rows].to(self.device) for tensor in self.task.data))
+        batch = self.task.prepare(*(to_device(tensor[rows], self.device) for tensor in self.task.data))
         if rank() > 0:
             seed_globally(derive_seed(self.run.seed, "step", i, rank()))  # each process has dropout of its own
         share = batch_shard(len(rows))

@@ -126,6 +126,8 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
         watched.setattr(measure, "progress", Bar)
         watched.setattr(figures, "progress", Bar)
         watched.setattr(figures, "AT_ONCE", 40)
+        watched.setattr("prior.codes.AT_ONCE", 40)
+        watched.setattr("prior.likelihood.BATCH", 40)
         watched.setattr(metrics, "ROWS_AT_ONCE", 40)
         Bar.bars.clear()
         given = model if with_classifier else None
