@@ -45,8 +45,8 @@ def to_labels(
 def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | None:
     """The numbers of the classes written as "cat,dog", "7", "0-9", or as a mixture of these. None stays None.
 
-    A name wins over a number: where a class is called "3", 3 is that class, whatever its number is, and a range is made
-    of such numbers. A name with a comma cannot be written here; its number can.
+    Where a class is called by a number, such as "3", all numbers are names of classes. A name with a comma cannot be
+    written here; its number can.
 
     Raises:
         InputError: a part of the text is neither a class nor a number nor a range of numbers.
@@ -64,12 +64,12 @@ def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | No
 
 
 def parse_label(text: str, class_names: Sequence[str]) -> int:
-    """The number of the class that is written as its name or, where no class has that name, as its number.
+    """The number of the class that is written as its name or, where no class is called by a number, as its number.
 
     Raises:
         InputError: it is neither.
     """
-    if class_names and text not in class_names and NUMBER.fullmatch(text):
+    if class_names and NUMBER.fullmatch(text) and not _are_numbers(class_names):
         return int(text)  # `to_labels` says whether there is such a class
     return class_number(text, class_names)
 
@@ -88,8 +88,17 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
         )
     known = ", ".join(class_names[:MOST_NAMES]) + (", ..." if len(class_names) > MOST_NAMES else "")
     close = get_close_matches(name, class_names, n=1)
-    remedy = f"did you mean {close[0]!r:.80}?" if close else f"give such names, or numbers in 0..{len(class_names) - 1}"
+    remedy = "give such names"
+    if close:
+        remedy = f"did you mean {close[0]!r:.80}?"
+    elif not _are_numbers(class_names):
+        remedy += f", or numbers in 0..{len(class_names) - 1}"
     raise InputError(f"expected `labels` to be names of classes ({known:.300}), found {name!r:.80}; {remedy}")
+
+
+def _are_numbers(class_names: Sequence[str]) -> bool:
+    """Whether classes are called by numbers, so that a number is a name."""
+    return any(map(NUMBER.fullmatch, class_names))
 
 
 def names_of(labels: Tensor, class_names: Sequence[str]) -> list[str]:

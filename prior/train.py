@@ -15,6 +15,7 @@ from prior.maps import draw_maps
 from prior.model import GatedPixelCNN, PriorConfig, layers_needed, load_prior
 from vqvae.codec import decode_images
 from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
+from vqvae.console import remark
 from vqvae.data.dataset import Dataset, DatasetInfo, require_same_kind
 from vqvae.data.load import load_like
 from vqvae.distributed import main_first, shard
@@ -206,7 +207,12 @@ def train_prior(
         best, _ = load_prior(path, vqvae, vqvae_header, where)
         with main_first():
             test = extract_cached(vqvae, vqvae_header.fingerprint, data.load_test(), "test", folder)
-        return {**evaluate_prior(best, test), **baselines(train, test, num_codes)}
+        figures = {**evaluate_prior(best, test), **baselines(train, test, num_codes)}
+    if figures["nats_per_code"] >= figures["unigram"]:
+        remark(
+            "the prior knows no more than how often each code comes at each position; try more epochs or more images"
+        )
+    return figures
 
 
 def load_start(

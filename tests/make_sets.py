@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PHOTO_SIDE, LETTER_SIDE = 32, 28
-TEST_STRIP = 0.35, 0.6  # of a photograph's width
+STRIP = 64  # pixels of a photograph's width; no crop crosses from one strip to the next, and every fifth is for test
 FONTS = ("DejaVu", "STIXGeneral", "cmb", "cmr", "cmss", "cmt")  # those with letters
 
 
@@ -24,11 +24,10 @@ def make_photos(folder: Path, num: int = 3600) -> None:
     rng = np.random.default_rng(0)
     for name in ("china", "flower"):
         photo = load_sample_image(f"{name}.jpg")  # (H, W, 3)
-        start, end = (round(photo.shape[1] * share) for share in TEST_STRIP)
         tops, lefts = (np.arange(side - PHOTO_SIDE + 1) for side in photo.shape[:2])
-        rights = lefts + PHOTO_SIDE
-        beside, inside = lefts[(rights <= start) | (lefts >= end)], lefts[(lefts >= start) & (rights <= end)]
-        for part, columns, share in (("train", beside, 5 / 6), ("test", inside, 1 / 6)):
+        lefts = lefts[lefts // STRIP == (lefts + PHOTO_SIDE - 1) // STRIP]
+        is_test = lefts // STRIP % 5 == 2
+        for part, columns, share in (("train", lefts[~is_test], 5 / 6), ("test", lefts[is_test], 1 / 6)):
             places = rng.choice(len(tops) * len(columns), round(num / 2 * share), replace=False)
             for i, (top, column) in enumerate(zip(*np.divmod(places, len(columns)), strict=True)):
                 left = columns[column]

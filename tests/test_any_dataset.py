@@ -150,7 +150,7 @@ def test_fewer_positions_than_codes_are_refused_and_fewer_images_are_remarked_on
     common = "train-vqvae --config small.toml --num-epochs 1 --output-folder"
     for num_codes, remark in (
         (130, ""),
-        (131, "there are fewer training images, 130, than codes, 131. Try fewer codes, "),
+        (131, "there are fewer training images, 130, than codes, 131; try fewer codes, "),
     ):
         _, err = succeed(f"{common} {num_codes} --k {num_codes}")
         assert err.count("such as 128.\n") == bool(remark)

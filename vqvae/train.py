@@ -251,7 +251,7 @@ def require_enough_images(num_images: int, image_shape: tuple[int, int, int], co
         )
     if num_images < num_codes:
         remark(
-            f"there are fewer training images, {num_images}, than codes, {num_codes}. Try fewer codes, such as {fewer}."
+            f"there are fewer training images, {num_images}, than codes, {num_codes}; try fewer codes, such as {fewer}"
         )
 
 
@@ -266,7 +266,7 @@ def advice_on_codebook(figures: dict[str, float], config: VQVAEConfig) -> str | 
     change = "a smaller lr" if config.codebook_learning == "ema" else 'codebook_learning = "ema" in the recipe'
     return (
         f"the codebook is hardly used: {figures['codes_used']:.0f} of {num_codes} codes, as unevenly as "
-        f"{perplexity:.1f} codes used evenly. Try {change}, more epochs, or fewer codes."
+        f"{perplexity:.1f} codes used evenly; try {change}, more epochs, or fewer codes"
     )
 
 

@@ -246,10 +246,10 @@ def test_codes_that_are_hardly_used_are_remarked_on_with_what_to_change() -> Non
         config = replace(CONFIG, codebook_learning=learning, num_codes=num_codes)
         return train.advice_on_codebook({"perplexity": perplexity, "codes_used": 7.0}, config)
 
-    remedy = 'Try codebook_learning = "ema" in the recipe, more epochs, or fewer codes.'
-    used = "7 of 512 codes, as unevenly as 14.0 codes used evenly."
+    remedy = 'try codebook_learning = "ema" in the recipe, more epochs, or fewer codes'
+    used = "7 of 512 codes, as unevenly as 14.0 codes used evenly;"
     assert advice("gradient", 512, 14.0) == f"the codebook is hardly used: {used} {remedy}"
-    assert advice("ema", 8, 1.4).endswith("Try a smaller lr, more epochs, or fewer codes.")
+    assert advice("ema", 8, 1.4).endswith("try a smaller lr, more epochs, or fewer codes")
     assert advice("gradient", 512, 30.0) is advice("ema", 8, 1.6) is advice("ema", 2, 1.9) is None
 
 

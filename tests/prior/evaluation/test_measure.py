@@ -122,12 +122,12 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
     splits = {name: splits[name] for name in ("train", "validation", last)}
     models, state, seed = nn.ModuleList([vqvae, prior, model]), torch.get_rng_state(), num_classes
     models.train()
+    monkeypatch.setattr("prior.likelihood.BATCH", 40)
     with monkeypatch.context() as watched:
         watched.setattr(measure, "progress", Bar)
         watched.setattr(figures, "progress", Bar)
         watched.setattr(figures, "AT_ONCE", 40)
         watched.setattr("prior.codes.AT_ONCE", 40)
-        watched.setattr("prior.likelihood.BATCH", 40)
         watched.setattr(metrics, "ROWS_AT_ONCE", 40)
         Bar.bars.clear()
         given = model if with_classifier else None
