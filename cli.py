@@ -17,7 +17,7 @@ end_on_signals()
 import os
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Option
@@ -26,6 +26,11 @@ from vqvae.console import be_quiet, guard_streams, progress, remark, say
 from vqvae.errors import InputError, Interrupted
 from vqvae.shell import as_typed, command_line, program, tell_version
 from vqvae.storage.shipped import RECIPES
+
+if TYPE_CHECKING:
+    from prior import Pair
+    from vqvae.data.dataset import DatasetInfo
+    from vqvae.model import VQVAE
 
 app = typer.Typer(
     add_completion=False,
@@ -217,25 +222,19 @@ def sample(
     output = check_output(output or Path(f"{mode}.png"))
     shown: dict[str, Any] = {}
     if mode == "gaussian":
-        from vqvae import load
         from vqvae.gaussian import draw_gaussian
-        from vqvae.storage.runs import describe, find_vqvae
 
-        file = find_vqvae(vqvae)
-        model = load(file, device)
-        say(f"weights: {describe(file)}")
+        model, _ = _load_vqvae(vqvae, device, output)
         arrays = draw_gaussian(model, gaussian_input or "latent", num_samples, seed)
     else:
-        from prior import load as load_pair
         from prior.labels import names_of, parse_label, parse_labels
         from prior.sampling import check_options
         from vqvae.pictures import columns_for
 
         check_options(**options)
-        pair = load_pair(vqvae, prior, device)
+        pair = _load_pair(vqvae, prior, device, output)
         names = pair.info.class_names
         chosen = parse_labels(labels, names) if label is None else [parse_label(label, names)]
-        say(f"weights: {pair.origin}")
         with progress(num_samples, "map") as bar:
             arrays = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **options)._asdict()
         shown = {"columns": columns_for(len(chosen or "?")), "captions": names_of(arrays["labels"], names)}
@@ -256,22 +255,13 @@ def reconstruct(
     quiet: Quiet = False,
 ) -> None:
     from vqvae.codec import reconstruct
-    from vqvae.compute import pick_device
-    from vqvae.data.chosen import ImageChoice, require_apart
-    from vqvae.data.dataset import DatasetInfo
-    from vqvae.model import load_vqvae
+    from vqvae.data.chosen import ImageChoice
     from vqvae.output import check_output, save_images
     from vqvae.pictures import pairs
-    from vqvae.storage.recipe import from_dict
-    from vqvae.storage.runs import describe, find_vqvae
 
     choice = ImageChoice(images, dataset, num_images, data_folder, download)
     check_output(output)
-    file = find_vqvae(vqvae)
-    model, header = load_vqvae(file, pick_device(device))
-    info = from_dict(DatasetInfo, header.data)
-    require_apart(output, info, dataset, images)
-    say(f"weights: {describe(file)}")
+    model, info = _load_vqvae(vqvae, device, output, dataset, images)
     pixels, names = choice.read(info, num_images=100)
     arrays = reconstruct(model, pixels)
     save_images(output, {**arrays, "names": names}, **pairs(arrays["images"], arrays["reconstructions"]))
@@ -303,21 +293,18 @@ def complete(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
-    from prior import load
     from prior.completions import as_grid, complete
     from prior.labels import parse_label
     from prior.sampling import check_options
-    from vqvae.data.chosen import ImageChoice, require_apart
+    from vqvae.data.chosen import ImageChoice
     from vqvae.output import check_output, save_images
 
     choice = ImageChoice(images, dataset, num_images, data_folder, download)
     options: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_options(**options)
     check_output(output)
-    pair = load(vqvae, prior, device)
-    require_apart(output, pair.info, dataset, images)
+    pair = _load_pair(vqvae, prior, device, output, dataset, images)
     options["label"] = None if labels is None else parse_label(labels, pair.info.class_names)
-    say(f"weights: {pair.origin}")
     pixels, names = choice.read(pair.info, num_images=8)
     with progress(len(pixels) * num_samples, "map") as bar:
         completions = complete(pair, pixels, num_rows, num_samples, seed=seed, progress=bar.update, **options)
@@ -338,18 +325,14 @@ def score(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
-    from prior import load
     from prior.scores import as_text, save_scores, score
-    from vqvae.data.chosen import ImageChoice, require_apart
+    from vqvae.data.chosen import ImageChoice
     from vqvae.output import check_output
 
     choice = ImageChoice(images, dataset, num_images, data_folder, download)
     if output is not None:
         check_output(output, ".csv", ".npz")
-    pair = load(vqvae, prior, device)
-    if output is not None:
-        require_apart(output, pair.info, dataset, images)
-    say(f"weights: {pair.origin}")
+    pair = _load_pair(vqvae, prior, device, output, dataset, images)
     pixels, names = choice.read(pair.info, num_images=100)
     with progress(len(pixels) * max(pair.info.num_classes, 1), "map") as bar:
         scores = score(pair, pixels, names, bar.update)
@@ -371,16 +354,12 @@ def compare(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
-    from prior import load
     from prior.evaluation.comparison import as_text, compare_modes, save_comparison
-    from vqvae.data.chosen import require_apart
     from vqvae.data.load import load_like
     from vqvae.output import check_output
 
     check_output(output)
-    pair = load(vqvae, prior, device)
-    require_apart(output, pair.info, dataset)
-    say(f"weights: {pair.origin}")
+    pair = _load_pair(vqvae, prior, device, output, dataset)
     data = load_like(pair.info, dataset, data_folder, download=download)
     modes = compare_modes(pair, data, num_samples=num_samples, seed=seed)
     save_comparison(modes, output, data.info.class_names)
@@ -421,19 +400,52 @@ def evaluate(
     say(f"weights: {pair.origin}" + (f", measured with {describe(file)}" if file else ""))
     if file is None and pair.info.class_names:
         _, height, width = pair.info.image_shape
-        words: list[str | Path] = [
-            "--dataset",
-            dataset or pair.info.source or pair.info.name,
-            "--image-size",
-            f"{height}x{width}",
-        ]
-        words += [] if is_shipped(pair.files[0]) else ["--output-folder", pair.files[0].parent]
+        kind = ("--dataset", dataset or pair.info.source or pair.info.name, "--image-size", f"{height}x{width}")
+        words = kind if is_shipped(pair.files[0]) else (*kind, "--output-folder", pair.files[0].parent)
         first = command_line("train-classifier", *words, *_data_flag(data_folder))
         remark(f"found no classifier of these images and classes; to measure FID too, first run: {program()} {first}")
     data = partial(load_like, dataset=dataset, data_folder=data_folder, download=download)
     options: dict[str, Any] = {"split": split, "num_samples": num_samples, "guidance": guidance, "seed": seed}
     say(evaluate_and_report(pair, file, data, output_folder, accuracy_score=cas, **options))
     say(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
+
+
+def _load_vqvae(
+    vqvae: Path | None, device: str, output: Path, dataset: str | None = None, images: Path | None = None
+) -> tuple["VQVAE", "DatasetInfo"]:
+    """Stage one and the facts about its data, after a check that the output takes the place of no image."""
+    from vqvae.compute import pick_device
+    from vqvae.data.chosen import require_apart
+    from vqvae.data.dataset import DatasetInfo
+    from vqvae.model import load_vqvae
+    from vqvae.storage.recipe import from_dict
+    from vqvae.storage.runs import describe, find_vqvae
+
+    file = find_vqvae(vqvae)
+    model, header = load_vqvae(file, pick_device(device))
+    info = from_dict(DatasetInfo, header.data)
+    require_apart(output, info, dataset, images)
+    say(f"weights: {describe(file)}")
+    return model, info
+
+
+def _load_pair(
+    vqvae: Path | None,
+    prior: Path | None,
+    device: str,
+    output: Path | None,
+    dataset: str | None = None,
+    images: Path | None = None,
+) -> "Pair":
+    """Both stages, after a check that the output, if there is one, takes the place of no image."""
+    from prior import load
+    from vqvae.data.chosen import require_apart
+
+    pair = load(vqvae, prior, device)
+    if output is not None:
+        require_apart(output, pair.info, dataset, images)
+    say(f"weights: {pair.origin}")
+    return pair
 
 
 def _say_what_is_next(weights: Path, *following: str | Path, data_folder: Path = DATA) -> None:
