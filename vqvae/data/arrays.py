@@ -38,7 +38,7 @@ def load_arrays(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
 
     Its array "images" has the shape (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1 or 3. If an array fits both
     of the last two, the second axis counts as C. The values are uint8, or floating-point numbers in 0..1. Its array
-    "labels", if there is one, has the shape (N,): whole numbers from 0, or text.
+    "labels", if there is one, has the shape (N,): whole numbers or text, which become the names of the classes.
 
     Raises:
         MissingFileError: there is no such file.
@@ -160,21 +160,11 @@ def _read_labels(path: Path, archive: zipfile.ZipFile, num: int) -> tuple[tuple[
             f"expected 'labels' in {path} of shape ({num},), whole numbers or short text, found {dtype} of shape "
             f"{shape}; give each image one label"
         )
+    names, labels = np.unique(np.concatenate([*_pieces(path, archive, "labels")]), return_inverse=True)
     if dtype.kind == "U":
-        places: dict[str, int] = {}
-        numbers = [places.setdefault(name, len(places)) for piece in _pieces(path, archive, "labels") for name in piece]
-        names = sorted(places, key=natural)
-        place = np.empty(len(names), np.int64)
-        place[[places[name] for name in names]] = np.arange(len(names))
-        return tuple(map(str, names)), place[numbers]
-    labels = np.concatenate([np.asarray(piece, np.int64) for piece in _pieces(path, archive, "labels")])
-    least, most = labels.min(), labels.max()
-    if least < 0 or most >= num:
-        raise InputError(
-            f"expected 'labels' in {path} from 0 to the number of classes less 1, found labels from {least} to {most} "
-            f"of {num} images; number the classes from 0"
-        )
-    return tuple(map(str, range(most + 1))), labels
+        order = sorted(range(len(names)), key=lambda row: natural(str(names[row])))
+        names, labels = names[order], np.argsort(order)[labels]
+    return tuple(map(str, names)), labels
 
 
 def _header(path: Path, archive: zipfile.ZipFile, name: str) -> _Array:
