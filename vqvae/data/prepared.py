@@ -70,15 +70,15 @@ def load_prepared(
     # What was made for the set's own size serves too where just that size is wanted, as a checkpoint of it wants it.
     for made in dict.fromkeys((wanted, wanted._replace(channels=None), Wanted())):
         folder, origin = _place(source, state, made, data_folder)
-        if (found := _load(folder, origin)) and _is_wanted(found.info, wanted):
+        if found := _load(folder, origin, wanted):
             return found
     folder, origin = _place(source, state, wanted, data_folder)
     writing = refusals(f"expected to write {folder}", "name another `data_folder`")
     with writing, alone_in(folder, f"prepares {source.name}"):
-        if found := _load(folder, origin):  # another process has made it by now
+        if found := _load(folder, origin, wanted):  # another process has made it by now
             return found
         _make(folder, origin, source, read(wanted))
-    if found := _load(folder, origin):
+    if found := _load(folder, origin, wanted):
         return found
     raise InputError(f"expected to read the files just written in {folder}, found others; see that nobody changes them")
 
@@ -134,15 +134,10 @@ def _place(source: Path, state: str, wanted: Wanted, data_folder: Path) -> tuple
     return folder, hashlib.sha256(json.dumps([VERSION, SPLIT_SEED, key, state]).encode()).hexdigest()
 
 
-def _is_wanted(info: DatasetInfo, wanted: Wanted) -> bool:
-    channels, *size = info.image_shape
-    return wanted.channels in (None, channels) and wanted.size in (None, tuple(size))
-
-
-def _load(folder: Path, origin: str) -> Dataset | None:
-    """The dataset in a folder. None, if it is missing, damaged or made from something else."""
+def _load(folder: Path, origin: str, wanted: Wanted) -> Dataset | None:
+    """The dataset in a folder. None, if it is missing, damaged, made from something else, or not as wanted."""
     try:
-        (info, train), (info_2, validation), (info_3, test) = (_read(folder, name, origin) for name in SPLITS)
+        (info, train), (info_2, validation), (info_3, test) = (_read(folder, name, origin, wanted) for name in SPLITS)
     except InputError:
         return None
     counts = torch.bincount(train.labels, minlength=info.num_classes)[: info.num_classes].tolist()
@@ -151,17 +146,20 @@ def _load(folder: Path, origin: str) -> Dataset | None:
     return Dataset(info, train, validation, load_test=lambda: test)  # mapped already, whatever the file becomes
 
 
-def _read(folder: Path, name: str, origin: str) -> tuple[DatasetInfo, Split]:
+def _read(folder: Path, name: str, origin: str, wanted: Wanted) -> tuple[DatasetInfo, Split]:
     """One split, mapped from disk.
 
     Raises:
-        InputError: it is missing, damaged or made from something else.
+        InputError: it is missing, damaged, made from something else, or not as wanted.
     """
     with open_checked(folder / f"{name}.safetensors", "a prepared split", "start again, which makes it anew") as opened:
         file = TensorFile(opened)
         if file.metadata["origin"] != origin:
             raise ValueError("another origin")
         info = from_dict(DatasetInfo, json.loads(file.metadata["info"]))
+        channels, *size = info.image_shape
+        if wanted.channels not in (None, channels) or wanted.size not in (None, tuple(size)):
+            raise ValueError("another size or other channels")  # before all of it is read for its checksum
         num = file.found["labels"][1][0]
         if file.found != {"images": ("U8", [num, *info.image_shape]), "labels": ("I64", [num])}:
             raise ValueError("other shapes")

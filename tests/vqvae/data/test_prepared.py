@@ -132,6 +132,19 @@ def test_a_set_is_made_once_and_anew_where_its_source_has_changed(tmp_path: Path
     assert {path.name for path in tmp_path.glob("prepared/*/*")} <= {path.name for path in shards(tmp_path)} | {".lock"}
 
 
+def test_of_a_set_of_another_size_only_the_facts_are_read(tmp_path: Path, monkeypatch: Patch) -> None:
+    Made().load(tmp_path)
+    own, hashed, digest = set(shards(tmp_path)), set(), prepared.hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        hashed.add(Path(file.name))
+        return digest(file, name)
+
+    monkeypatch.setattr(prepared.hashlib, "file_digest", counted)
+    Made().load(tmp_path, wanted=Wanted((4, 5)))
+    assert hashed == set(shards(tmp_path)) - own
+
+
 @pytest.mark.parametrize("name", prepared.SPLITS)
 @pytest.mark.parametrize("damage", ["missing", "cut short", "another byte", "empty"])
 def test_a_damaged_file_is_made_anew(tmp_path: Path, name: str, damage: str) -> None:
