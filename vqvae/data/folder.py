@@ -100,6 +100,8 @@ def _shape(path: Path, names: list[str], wanted: Wanted) -> tuple[int, int, int]
                 channels = max(channels, its_channels)
                 examples.setdefault((size[0], size[1]), name)
             bar.update()
+            if wanted.size and channels > 1:
+                break  # no other file can change the shape
     if wanted.size or not examples:
         return wanted.channels or channels, *(wanted.size or (1, 1))
     (height, width), *others = examples
