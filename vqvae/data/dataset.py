@@ -97,7 +97,7 @@ class Dataset:
 
     The images lie on the CPU. Those of a folder or of a file are mapped from disk, so that a set can be larger than
     memory: take rows of them, never all at once. The test split is for the final evaluation and for pictures only, so
-    it is loaded only when it is asked for.
+    a caller has to ask for it.
     """
 
     info: DatasetInfo

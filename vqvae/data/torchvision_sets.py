@@ -125,7 +125,7 @@ def _cifar10(own_class: Any) -> _OwnClass:
 
 
 def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
-    _load_part(known, data_folder, download, train=False)  # so that a damaged test set is found before any training
+    test, _ = _load_part(known, data_folder, download, train=False)
     full, class_names = _load_part(known, data_folder, download, train=True)
     train, validation = split_validation(full)
     _, channels, height, width = full.images.shape
@@ -135,11 +135,7 @@ def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
         class_names=class_names,
         class_counts=tuple(torch.bincount(train.labels, minlength=len(class_names)).tolist()),
     )
-
-    def load_test() -> Split:
-        return _load_part(known, data_folder, download, train=False)[0]
-
-    return Dataset(info, train, validation, load_test, known.deformation)
+    return Dataset(info, train, validation, lambda: test, known.deformation)
 
 
 def _load_part(known: _OwnClass, data_folder: Path, download: bool, *, train: bool) -> Labelled:
