@@ -2,13 +2,13 @@
 
 The first two have MNIST's form and are read as MNIST is. Of them torchvision has the names of the classes, the mirrors
 and the MD5 sums of the packed files. The other two are downloaded and read by its own classes, from the places where it
-has them. CIFAR-10's files are pickles: none is opened before its MD5 sum is known to be the original's.
+has them. CIFAR-10's files are pickles: torchvision opens none before its MD5 sum is known to be the original's.
 """
 
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ import torch
 
 from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Deformation, Split, split_validation
 from vqvae.data.download import TIMEOUT_S, one_line, writing
-from vqvae.data.idx import MAX_IDX, IdxSet, exists, md5_of
+from vqvae.data.idx import IdxSet, exists
 from vqvae.data.mnist import HANDWRITING, load_mnist
 from vqvae.errors import InputError, MissingFileError, is_out_of_memory
-from vqvae.storage.files import SCRATCH, alone_in, open_checked, read_at_most
+from vqvae.storage.files import SCRATCH, alone_in
 
 THINGS = Deformation(flips=True)  # a shoe or a car shows its other side
 FASHION_MD5 = {  # of the four original files, not packed; Debian has packed them anew
@@ -43,7 +43,7 @@ class _OwnClass:
     title: str  # as a sentence gives it
     folder: str  # of its files, in the data folder
     url: str  # of the archive that has them
-    md5: Mapping[str, str | None]  # of each file, by its name; None where torchvision does not know the sum
+    files: tuple[str, ...]  # their names
     read: Callable[..., Labelled]  # from a data folder: (root, train=..., download=...)
     deformation: Deformation
 
@@ -109,19 +109,23 @@ def _emnist_letters(own_class: Any) -> _OwnClass:
         upright = found.data.transpose(1, 2).contiguous()  # the files have each image's columns as its rows
         return Split(upright.unsqueeze(1), found.targets - 1), tuple(found.classes[1:])  # label 0 stands for no letter
 
-    names = [f"emnist-letters-{part}-{kind}" for part in ("train", "test") for kind in ("images-idx3", "labels-idx1")]
-    md5 = {f"{name}-ubyte": None for name in names}
-    return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", own_class.url, md5, read, HANDWRITING)
+    kinds = ("train-images-idx3", "train-labels-idx1", "test-images-idx3", "test-labels-idx1")
+    files = tuple(f"emnist-letters-{kind}-ubyte" for kind in kinds)
+    return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", own_class.url, files, read, HANDWRITING)
 
 
 def _cifar10(own_class: Any) -> _OwnClass:
     def read(root: Path, *, train: bool, download: bool = False) -> Labelled:
-        found = own_class(root, train=train, download=download)  # it checks all sums before it unpickles anything
+        try:
+            found = own_class(root, train=train, download=download)
+        except RuntimeError as error:  # it unpickles only files whose sums it has checked
+            raise error if download else ValueError("other MD5 sums than the originals'") from None
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(found.targets)), tuple(found.classes)
 
-    md5 = dict([*own_class.train_list, *own_class.test_list, (own_class.meta["filename"], own_class.meta["md5"])])
-    return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, own_class.url, md5, read, THINGS)
+    batches = [name for name, _ in (*own_class.train_list, *own_class.test_list)]
+    files = (*batches, own_class.meta["filename"])
+    return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, own_class.url, files, read, THINGS)
 
 
 def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
@@ -139,9 +143,8 @@ def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
 
 
 def _load_part(known: _OwnClass, data_folder: Path, download: bool, *, train: bool) -> Labelled:
-    """The training images or the test images, after the files of both are there and have been compared."""
+    """The training images or the test images, after the files of both are there."""
     folder = data_folder / known.folder
-    _compare(known, folder)
     if missing := _missing(known, folder):
         if not download:
             raise _missing_files(known, folder, missing, "`download=False` was given")
@@ -163,21 +166,7 @@ def _load_part(known: _OwnClass, data_folder: Path, download: bool, *, train: bo
 
 
 def _missing(known: _OwnClass, folder: Path) -> list[str]:
-    return [name for name in known.md5 if not exists(folder / name)]
-
-
-def _compare(known: _OwnClass, folder: Path) -> None:
-    """Refuse a file with another sum than the original's, which a download would replace."""
-    for name, md5 in known.md5.items():
-        if md5 is None or not exists(folder / name):
-            continue
-        remedy = "move it away and run again to fetch the original"
-        with open_checked(folder / name, f"a file of {known.title}", remedy) as file:
-            if (found := md5_of(read_at_most(file, MAX_IDX))) != md5:
-                raise InputError(
-                    f"expected MD5 {md5} of {folder / name}, which is the original's, found {found}; {remedy}, or name "
-                    f"another `data_folder`"
-                )
+    return [name for name in known.files if not exists(folder / name)]
 
 
 def _fetch(known: _OwnClass, folder: Path) -> None:
@@ -212,9 +201,9 @@ def _patience() -> Iterator[None]:
 
 
 def _missing_files(known: _OwnClass, folder: Path, missing: list[str], why: str) -> MissingFileError:
-    found = f"{', '.join(missing)} missing" if len(missing) < len(known.md5) else "all of them missing"
+    found = f"{', '.join(missing)} missing" if len(missing) < len(known.files) else "all of them missing"
     return MissingFileError(
-        f"expected the {known.title} files {', '.join(known.md5)} in {folder}, found {found}, and {why}; either mend "
+        f"expected the {known.title} files {', '.join(known.files)} in {folder}, found {found}, and {why}; either mend "
         f"that and run again (without `download=False`), or put the files there yourself, unpacked from {known.url}, "
         f"or name the folder that has them as `data_folder`"
     )
