@@ -51,7 +51,7 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def packed(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {f"{name}.gz": gzip.compress(content, 1) for name, content in files.items()}
+    return {f"{name}.gz": gzip.compress(content, 1, mtime=0) for name, content in files.items()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
