@@ -123,6 +123,19 @@ def split_validation(full: Split) -> tuple[Split, Split]:
     return Split(full.images[train], full.labels[train]), Split(full.images[validation], full.labels[validation])
 
 
+def from_memory(name: str, class_names: tuple[str, ...], full: Split, test: Split, deformation: Deformation) -> Dataset:
+    """The dataset of a known set, of which `full` is split for training and validation.
+
+    Raises:
+        InputError: there are fewer than VALIDATION_SHARE images in `full`.
+    """
+    train, validation = split_validation(full)
+    channels, height, width = full.images.shape[1:]
+    counts = tuple(torch.bincount(train.labels, minlength=len(class_names)).tolist())
+    info = DatasetInfo(name, (channels, height, width), class_names, counts)
+    return Dataset(info, train, validation, lambda: test, deformation)
+
+
 def digest(split: Split) -> str:
     """The SHA-256 of a split's pixels and labels. Anything that is derived from a split is stored with its digest."""
     return checksum(split)

@@ -7,10 +7,9 @@ originals. If the folder holds an `MD5SUMS` file of its own, as the tests' folde
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Deformation, Split, split_validation
+from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Deformation, Split, from_memory
 from vqvae.data.download import fetch, missing_files
 from vqvae.data.idx import FILES, IdxSet, is_original, read_arrays, read_sums
 from vqvae.errors import InputError
@@ -49,14 +48,7 @@ def load_mnist(data_folder: Path, download: bool = True, known: IdxSet = MNIST) 
     raw = data_folder / known.folder / "raw"
     arrays = _read(known, raw, download)
     full, test = (_split(known, raw, arrays, part) for part in ("train", "t10k"))
-    train, validation = split_validation(full)
-    info = DatasetInfo(
-        name=known.name,
-        image_shape=(1, IMAGE_SIDE, IMAGE_SIDE),
-        class_names=known.class_names,
-        class_counts=tuple(torch.bincount(train.labels, minlength=len(known.class_names)).tolist()),
-    )
-    return Dataset(info, train, validation, lambda: test, known.deformation)
+    return from_memory(known.name, known.class_names, full, test, known.deformation)
 
 
 def _split(known: IdxSet, raw: Path, arrays: dict[str, Tensor], part: str) -> Split:

@@ -10,13 +10,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Deformation, Split, split_validation
+from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Deformation, Split, from_memory
 from vqvae.data.download import TIMEOUT_S, one_line, writing
 from vqvae.data.idx import IdxSet, exists
 from vqvae.data.mnist import HANDWRITING, load_mnist
@@ -68,9 +68,11 @@ def load_torchvision_set(name: str, data_folder: Path, download: bool = True) ->
         ) from None
     match name:
         case "fashion-mnist":
-            return load_mnist(data_folder, download, _fashion_mnist(datasets.FashionMNIST))
+            known = _idx_set(name, "Fashion-MNIST", datasets.FashionMNIST, THINGS)
+            known = replace(known, md5={**known.md5, **FASHION_MD5}, installed=DEBIAN_FASHION)
+            return load_mnist(data_folder, download, known)
         case "kmnist":
-            return load_mnist(data_folder, download, _kmnist(datasets.KMNIST))
+            return load_mnist(data_folder, download, _idx_set(name, "KMNIST", datasets.KMNIST, HANDWRITING))
         case "emnist-letters":
             return _load(_emnist_letters(datasets.EMNIST), data_folder, download)
         case "cifar10":
@@ -78,29 +80,10 @@ def load_torchvision_set(name: str, data_folder: Path, download: bool = True) ->
     raise ValueError(f"expected a set that torchvision knows, found {name}")
 
 
-def _fashion_mnist(facts: Any) -> IdxSet:
-    return IdxSet(
-        name="fashion-mnist",
-        title="Fashion-MNIST",
-        folder="FashionMNIST",
-        class_names=tuple(facts.classes),
-        md5=dict(facts.resources) | FASHION_MD5,
-        mirrors=tuple(facts.mirrors),
-        deformation=THINGS,
-        installed=DEBIAN_FASHION,
-    )
-
-
-def _kmnist(facts: Any) -> IdxSet:
-    return IdxSet(
-        name="kmnist",
-        title="KMNIST",
-        folder="KMNIST",
-        class_names=tuple(facts.classes),
-        md5=dict(facts.resources),
-        mirrors=tuple(facts.mirrors),
-        deformation=HANDWRITING,
-    )
+def _idx_set(name: str, title: str, facts: Any, deformation: Deformation) -> IdxSet:
+    """A set in MNIST's form, by the facts that its class in torchvision has."""
+    md5, classes, mirrors = dict(facts.resources), tuple(facts.classes), tuple(facts.mirrors)
+    return IdxSet(name, title, facts.__name__, classes, md5, mirrors, deformation)
 
 
 def _emnist_letters(own_class: Any) -> _OwnClass:
@@ -129,32 +112,13 @@ def _cifar10(own_class: Any) -> _OwnClass:
 
 
 def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
-    test, _ = _load_part(known, data_folder, download, train=False)
-    full, class_names = _load_part(known, data_folder, download, train=True)
-    train, validation = split_validation(full)
-    _, channels, height, width = full.images.shape
-    info = DatasetInfo(
-        name=known.name,
-        image_shape=(channels, height, width),
-        class_names=class_names,
-        class_counts=tuple(torch.bincount(train.labels, minlength=len(class_names)).tolist()),
-    )
-    return Dataset(info, train, validation, lambda: test, known.deformation)
-
-
-def _load_part(known: _OwnClass, data_folder: Path, download: bool, *, train: bool) -> Labelled:
-    """The training images or the test images, after the files of both are there."""
     folder = data_folder / known.folder
     if missing := _missing(known, folder):
         if not download:
             raise _missing_files(known, folder, missing, "`download=False` was given")
         _fetch(known, folder)
     try:
-        split, class_names = known.read(data_folder, train=train)
-        if not len(split.images) == len(split.labels) >= VALIDATION_SHARE:
-            raise ValueError(f"{len(split.images)} images and {len(split.labels)} labels")
-        if not 0 <= split.labels.min() <= split.labels.max() < len(class_names):
-            raise ValueError(f"labels that are none of its {len(class_names)} classes")
+        (full, class_names), (test, _) = (_read_part(known, data_folder, train) for train in (True, False))
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -162,6 +126,20 @@ def _load_part(known: _OwnClass, data_folder: Path, download: bool, *, train: bo
             f"expected the {known.title} files in {folder}, found some that are cut short or of another kind "
             f"({_told(error)}); move them away and run again to fetch the originals, or name another `data_folder`"
         ) from None
+    return from_memory(known.name, class_names, full, test, known.deformation)
+
+
+def _read_part(known: _OwnClass, data_folder: Path, train: bool) -> Labelled:
+    """The training images or the test images.
+
+    Raises:
+        Exception: torchvision cannot read them, or they do not fit each other.
+    """
+    split, class_names = known.read(data_folder, train=train)
+    if not len(split.images) == len(split.labels) >= VALIDATION_SHARE:
+        raise ValueError(f"{len(split.images)} images and {len(split.labels)} labels")
+    if not 0 <= split.labels.min() <= split.labels.max() < len(class_names):
+        raise ValueError(f"labels that are none of its {len(class_names)} classes")
     return split, class_names
 
 
