@@ -12,11 +12,11 @@ from vqvae.data.folder import load_folder
 from vqvae.data.images import fit_pixels, parse_size
 from vqvae.data.mnist import load_mnist
 from vqvae.data.prepared import Wanted
-from vqvae.data.torchvision_sets import load_torchvision_set
+from vqvae.data.torchvision_sets import SETS, load_torchvision_set
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.files import refusals
 
-KNOWN = ("mnist", "fashion-mnist", "kmnist", "emnist-letters", "cifar10")
+KNOWN = ("mnist", *SETS)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Known sets whose facts come from torchvision: Fashion-MNIST and KMNIST, EMNIST's letters, CIFAR-10.
 
-The first two have MNIST's form and are read as MNIST is. Of them torchvision has the names of the classes, the mirrors
-and the MD5 sums of the packed files. The other two are downloaded and read by its own classes, from the places where it
+The first two have MNIST's form and are read as MNIST is. torchvision has the names of their classes, their mirrors and
+the MD5 sums of their packed files. The other two are downloaded and read by its own classes, from the places where it
 has them. CIFAR-10's files are pickles: torchvision opens none before its MD5 sum is known to be the original's.
 """
 
@@ -54,7 +54,7 @@ def load_torchvision_set(name: str, data_folder: Path, download: bool = True) ->
     One training image in twelve is for validation. The test images keep their original order.
 
     Args:
-        name: "fashion-mnist", "kmnist", "emnist-letters" or "cifar10".
+        name: one of `SETS`.
     Raises:
         MissingFileError: files are missing, and they may not or cannot be downloaded.
         InputError: a file is not the original, the folder cannot be written, or torchvision does not load.
@@ -66,18 +66,10 @@ def load_torchvision_set(name: str, data_folder: Path, download: bool = True) ->
             f"expected the package torchvision, which knows {name}, found that it does not load ({_told(error)}); "
             f"install the release that fits your torch, by pip install torchvision"
         ) from None
-    match name:
-        case "fashion-mnist":
-            known = _idx_set(name, "Fashion-MNIST", datasets.FashionMNIST, THINGS)
-            known = replace(known, md5={**known.md5, **FASHION_MD5}, installed=DEBIAN_FASHION)
-            return load_mnist(data_folder, download, known)
-        case "kmnist":
-            return load_mnist(data_folder, download, _idx_set(name, "KMNIST", datasets.KMNIST, HANDWRITING))
-        case "emnist-letters":
-            return _load(_emnist_letters(datasets.EMNIST), data_folder, download)
-        case "cifar10":
-            return _load(_cifar10(datasets.CIFAR10), data_folder, download)
-    raise ValueError(f"expected a set that torchvision knows, found {name}")
+    known = SETS[name](datasets)
+    if isinstance(known, IdxSet):
+        return load_mnist(data_folder, download, known)
+    return _load(known, data_folder, download)
 
 
 def _idx_set(name: str, title: str, facts: Any, deformation: Deformation) -> IdxSet:
@@ -86,7 +78,18 @@ def _idx_set(name: str, title: str, facts: Any, deformation: Deformation) -> Idx
     return IdxSet(name, title, facts.__name__, classes, md5, mirrors, deformation)
 
 
-def _emnist_letters(own_class: Any) -> _OwnClass:
+def _fashion_mnist(datasets: Any) -> IdxSet:
+    known = _idx_set("fashion-mnist", "Fashion-MNIST", datasets.FashionMNIST, THINGS)
+    return replace(known, md5={**known.md5, **FASHION_MD5}, installed=DEBIAN_FASHION)
+
+
+def _kmnist(datasets: Any) -> IdxSet:
+    return _idx_set("kmnist", "KMNIST", datasets.KMNIST, HANDWRITING)
+
+
+def _emnist_letters(datasets: Any) -> _OwnClass:
+    own_class = datasets.EMNIST
+
     def read(root: Path, *, train: bool, download: bool = False) -> Labelled:
         found = own_class(root, split="letters", train=train, download=download)
         upright = found.data.transpose(1, 2).contiguous()  # the files have each image's columns as its rows
@@ -97,7 +100,9 @@ def _emnist_letters(own_class: Any) -> _OwnClass:
     return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", own_class.url, files, read, HANDWRITING)
 
 
-def _cifar10(own_class: Any) -> _OwnClass:
+def _cifar10(datasets: Any) -> _OwnClass:
+    own_class = datasets.CIFAR10
+
     def read(root: Path, *, train: bool, download: bool = False) -> Labelled:
         try:
             found = own_class(root, train=train, download=download)
@@ -109,6 +114,14 @@ def _cifar10(own_class: Any) -> _OwnClass:
     batches = [name for name, _ in (*own_class.train_list, *own_class.test_list)]
     files = (*batches, own_class.meta["filename"])
     return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, own_class.url, files, read, THINGS)
+
+
+SETS: dict[str, Callable[[Any], IdxSet | _OwnClass]] = {  # the facts of each, from the module torchvision.datasets
+    "fashion-mnist": _fashion_mnist,
+    "kmnist": _kmnist,
+    "emnist-letters": _emnist_letters,
+    "cifar10": _cifar10,
+}
 
 
 def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
