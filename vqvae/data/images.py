@@ -45,9 +45,8 @@ def find_images(path: Path) -> list[Path]:
     with refusals(f"expected images at {path}", remedy):
         if not path.exists():
             raise MissingFileError(f"expected images at {path}, found nothing there; {remedy}")
-        if not path.is_dir():
-            return [path]
-        return [path / name for name in sorted(find_names(path), key=natural)]
+        is_folder = path.is_dir()
+    return [path / name for name in sorted(find_names(path), key=natural)] if is_folder else [path]
 
 
 def find_names(folder: Path) -> list[str]:
