@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Deformation, Split, from_memory
-from vqvae.data.download import TIMEOUT_S, one_line, writing
+from vqvae.data.download import TIMEOUT_S, writing
 from vqvae.data.idx import IdxSet, exists
 from vqvae.data.mnist import HANDWRITING, load_mnist
 from vqvae.errors import InputError, MissingFileError, is_out_of_memory
-from vqvae.storage.files import SCRATCH, alone_in
+from vqvae.storage.files import SCRATCH, alone_in, summary
 
 THINGS = Deformation(flips=True)  # a shoe or a car shows its other side
 FASHION_MD5 = {  # of the four original files, not packed; Debian has packed them anew
@@ -63,7 +63,7 @@ def load_torchvision_set(name: str, data_folder: Path, download: bool = True) ->
         from torchvision import datasets  # it takes a second, so only for these sets
     except Exception as error:  # an old one beside a new torch raises others than ImportError
         raise InputError(
-            f"expected the package torchvision, which knows {name}, found that it does not load ({_told(error)}); "
+            f"expected the package torchvision, which knows {name}, found that it does not load ({summary(error)}); "
             f"install the release that fits your torch, by pip install torchvision"
         ) from None
     known = SETS[name](datasets)
@@ -137,7 +137,7 @@ def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
             raise
         raise InputError(
             f"expected the {known.title} files in {folder}, found some that are cut short or of another kind "
-            f"({_told(error)}); move them away and run again to fetch the originals, or name another `data_folder`"
+            f"({summary(error)}); move them away and run again to fetch the originals, or name another `data_folder`"
         ) from None
     return from_memory(known.name, class_names, full, test, known.deformation)
 
@@ -174,7 +174,7 @@ def _fetch(known: _OwnClass, folder: Path) -> None:
                     known.read(Path(scratch), train=True, download=True)
             except Exception as error:
                 raise _missing_files(
-                    known, folder, missing, f"torchvision's download failed ({_told(error)})"
+                    known, folder, missing, f"torchvision's download failed ({summary(error)})"
                 ) from None
             for name in missing:
                 (Path(scratch) / known.folder / name).replace(folder / name)
@@ -198,7 +198,3 @@ def _missing_files(known: _OwnClass, folder: Path, missing: list[str], why: str)
         f"that and run again (without `download=False`), or put the files there yourself, unpacked from {known.url}, "
         f"or name the folder that has them as `data_folder`"
     )
-
-
-def _told(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}")
