@@ -31,7 +31,7 @@ class DatasetInfo:
     class_names: tuple[str, ...]  # () if the images have no labels
     class_counts: tuple[int, ...]  # how many training images each class has
     source: str = ""  # the folder or file that it was read from; empty for a set that is known by its name
-    split_seed: int = SPLIT_SEED  # of the splits, where the set has none of its own
+    split_seed: int = SPLIT_SEED  # only a record: the splits were drawn by it, where the set has none
 
     def __post_init__(self) -> None:
         channels, height, width = self.image_shape
