@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from vqvae.data.dataset import Dataset
 from vqvae.data.images import MAX_PIXELS, fit_pixels, natural, require_side
 from vqvae.data.pixels import to_bytes
-from vqvae.data.prepared import Material, Wanted, load_prepared, stamp
+from vqvae.data.prepared import ImageFormat, SourceImages, load_prepared, stamp
 from vqvae.errors import InputError, plain
 from vqvae.storage.files import open_checked
 
@@ -25,20 +25,15 @@ REMEDY = "write it with numpy.savez(file, images=..., labels=...)"
 READ_AT_ONCE = 2**22  # bytes
 MAX_LABEL = 400  # bytes of a label that is text
 
-
-class _Array(NamedTuple):
-    """What the header of an array says."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
+Header = tuple[tuple[int, ...], np.dtype]  # what the header of an array says: its shape and its type
 
 
-def load_arrays(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
+def load_arrays(path: Path, wanted: ImageFormat, data_folder: Path) -> Dataset:
     """The dataset in an .npz file, which is one that numpy.savez or `sample` with an output of that name has written.
 
     Its array "images" has the shape (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1 or 3. If an array fits both
     of the last two, the second axis counts as C. The values are uint8, or floating-point numbers in 0..1. Its array
-    "labels", if there is one, has the shape (N,): whole numbers from 0, or text.
+    "labels", if there is one, has the shape (N,): whole numbers or text, which become the names of the classes.
 
     Raises:
         MissingFileError: there is no such file.
@@ -62,35 +57,29 @@ def read_images(
         MissingFileError: there is no such file.
         InputError: it holds something else.
     """
-    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
-        channels_first, (_, *found) = _layout(path, _header(path, archive, "images"))
-    channels, height, width = found
-    return (channels, height, width), _images(path, channels_first, (channels, height, width), image_shape)
+    channels_first, shape = _layout(path)
+    return shape[1:], _images(path, channels_first, shape[1:], image_shape)
 
 
-def _read(path: Path, wanted: Wanted) -> Material:
+def _read(path: Path, wanted: ImageFormat) -> SourceImages:
     """The labels of a file, and its images to be read."""
-    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
-        channels_first, shape = _layout(path, _header(path, archive, "images"))
-        num, *_ = shape
-        class_names: tuple[str, ...] = ()
-        labels = np.zeros(num, np.int64)
-        if "labels.npy" in archive.namelist():
-            class_names, labels = _read_labels(path, archive, num)
-    channels, height, width = shape[1:]
+    channels_first, shape = _layout(path)
+    num, channels, height, width = shape
+    class_names, labels = _read_labels(path, num)
     if wanted.size is None:
         require_side(height, width, path)
     image_shape = (wanted.channels or channels, *(wanted.size or (height, width)))
-    return Material(image_shape, class_names, labels, None, _images(path, channels_first, shape[1:], image_shape))
+    return SourceImages(image_shape, class_names, labels, None, _images(path, channels_first, shape[1:], image_shape))
 
 
-def _layout(path: Path, found: _Array) -> tuple[bool, tuple[int, int, int, int]]:
-    """Whether the channels come before the pixels, and the shape as (N, C, H, W).
+def _layout(path: Path) -> tuple[bool, tuple[int, int, int, int]]:
+    """Whether the channels of a file's images come before the pixels, and the images' shape as (N, C, H, W).
 
     Raises:
         InputError: these are no images.
     """
-    shape, dtype = found
+    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
+        shape, dtype = _header(path, archive, "images")
     if dtype != np.uint8 and dtype.kind != "f":
         raise InputError(
             f"expected 'images' in {path} as uint8 or as floating-point values in 0..1, found {dtype}; convert them"
@@ -148,36 +137,30 @@ def _bytes(path: Path, values: np.ndarray) -> np.ndarray:
     return to_bytes(torch.from_numpy(values.astype(np.float32))).numpy()
 
 
-def _read_labels(path: Path, archive: zipfile.ZipFile, num: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """The class names and the labels (N,) int64.
+def _read_labels(path: Path, num: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """The class names and the labels (N,) int64. No names and zeros, if the file has no labels.
 
     Raises:
         InputError: they are no labels of these images.
     """
-    shape, dtype = _header(path, archive, "labels")
-    if shape != (num,) or dtype.kind not in "iuU" or (dtype.kind == "U" and dtype.itemsize > MAX_LABEL):
-        raise InputError(
-            f"expected 'labels' in {path} of shape ({num},), whole numbers or short text, found {dtype} of shape "
-            f"{shape}; give each image one label"
-        )
+    with open_checked(path, EXPECTED, REMEDY) as file, zipfile.ZipFile(file) as archive:
+        if "labels.npy" not in archive.namelist():
+            return (), np.zeros(num, np.int64)
+        shape, dtype = _header(path, archive, "labels")
+        if shape != (num,) or dtype.kind not in "iuU" or (dtype.kind == "U" and dtype.itemsize > MAX_LABEL):
+            raise InputError(
+                f"expected 'labels' in {path} of shape ({num},), whole numbers or short text, found {dtype} of shape "
+                f"{shape}; give each image one label"
+            )
+        values = np.concatenate([*_pieces(path, archive, "labels")])
+    names, labels = np.unique(values, return_inverse=True)
     if dtype.kind == "U":
-        places: dict[str, int] = {}
-        numbers = [places.setdefault(name, len(places)) for piece in _pieces(path, archive, "labels") for name in piece]
-        names = sorted(places, key=natural)
-        place = np.empty(len(names), np.int64)
-        place[[places[name] for name in names]] = np.arange(len(names))
-        return tuple(map(str, names)), place[numbers]
-    labels = np.concatenate([np.asarray(piece, np.int64) for piece in _pieces(path, archive, "labels")])
-    least, most = labels.min(), labels.max()
-    if least < 0 or most >= num:
-        raise InputError(
-            f"expected 'labels' in {path} from 0 to the number of classes less 1, found labels from {least} to {most} "
-            f"of {num} images; number the classes from 0"
-        )
-    return tuple(map(str, range(most + 1))), labels
+        order = sorted(range(len(names)), key=lambda row: natural(str(names[row])))
+        names, labels = names[order], np.argsort(order)[labels]
+    return tuple(map(str, names)), labels
 
 
-def _header(path: Path, archive: zipfile.ZipFile, name: str) -> _Array:
+def _header(path: Path, archive: zipfile.ZipFile, name: str) -> Header:
     """The header of an array, checked: nothing else is read."""
     if f"{name}.npy" not in archive.namelist():
         found = ", ".join(archive.namelist()[:5]) or "nothing"
@@ -186,10 +169,10 @@ def _header(path: Path, archive: zipfile.ZipFile, name: str) -> _Array:
         shape, dtype = _start(path, member, name)
         if archive.getinfo(member.name).file_size != member.tell() + dtype.itemsize * math.prod(shape):
             raise ValueError(f"{name} is not as long as it says")
-    return _Array(shape, dtype)
+    return shape, dtype
 
 
-def _start(path: Path, member: IO[bytes], name: str) -> _Array:
+def _start(path: Path, member: IO[bytes], name: str) -> Header:
     """The header of an array, after which the values follow.
 
     Raises:
@@ -207,7 +190,7 @@ def _start(path: Path, member: IO[bytes], name: str) -> _Array:
             f"expected '{name}' in {path} row by row, found an array in Fortran's order; save "
             f"numpy.ascontiguousarray({name})"
         )
-    return _Array(shape, dtype)
+    return shape, dtype
 
 
 def _pieces(path: Path, archive: zipfile.ZipFile, name: str) -> Iterator[np.ndarray]:

@@ -79,21 +79,21 @@ def require_apart(output: Path, info: DatasetInfo, dataset: str | None, images: 
         InputError: the output lies there.
     """
     source = (info.source or info.name) if dataset is None else dataset
-    for place in (images, None if source in KNOWN else source):
-        if place is None:
+    for own in (images, None if source in KNOWN else source):
+        if own is None:
             continue
-        written, read = (Path(os.path.realpath(path)) for path in (output, place))
+        written, read = (Path(os.path.realpath(path)) for path in (output, own))
         within = os.path.isdir(read) and read in written.parents  # noqa: PTH112  # Path's own raises where a name is bad
         if written == read or (within and output.suffix == ".png"):
             raise InputError(
-                f"expected an output apart from images that are there already, {place}, found {output}; name another "
+                f"expected an output apart from images that are there already, {own}, found {output}; name another "
                 f"place"
             )
 
 
 def read_own(path: Path, image_shape: tuple[int, int, int]) -> ChosenImages:
     """A user's image, the images of a folder, or those of an .npz file. Those of another shape are resized or
-    converted, which is told.
+    converted, which is reported.
 
     Args:
         image_shape: (C, H, W), which they get.

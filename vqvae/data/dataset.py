@@ -32,7 +32,7 @@ class DatasetInfo:
     class_names: tuple[str, ...]  # () if the images have no labels
     class_counts: tuple[int, ...]  # how many training images each class has
     source: str = ""  # the folder or file that it was read from; empty for a set that is known by its name
-    split_seed: int = SPLIT_SEED  # of the splits, where the set has none of its own
+    split_seed: int = SPLIT_SEED  # only a record: the splits were drawn by it, where the set has none
 
     def __post_init__(self) -> None:
         channels, height, width = self.image_shape
@@ -98,7 +98,7 @@ class Dataset:
 
     The images lie on the CPU. Those of a folder or of a file are mapped from disk, so that a set can be larger than
     memory: take rows of them, never all at once. The test split is for the final evaluation and for pictures only, so
-    it is loaded only when it is asked for.
+    a caller has to ask for it.
     """
 
     info: DatasetInfo
@@ -127,6 +127,19 @@ def split_validation(full: Split) -> tuple[Split, Split]:
     num_validation = len(full.labels) // VALIDATION_SHARE
     validation, train = order[:num_validation], order[num_validation:]
     return Split(full.images[train], full.labels[train]), Split(full.images[validation], full.labels[validation])
+
+
+def from_memory(name: str, class_names: tuple[str, ...], full: Split, test: Split, deformation: Deformation) -> Dataset:
+    """The dataset of a known set, of which `full` is split for training and validation.
+
+    Raises:
+        InputError: there are fewer than VALIDATION_SHARE images in `full`.
+    """
+    train, validation = split_validation(full)
+    channels, height, width = full.images.shape[1:]
+    counts = tuple(torch.bincount(train.labels, minlength=len(class_names)).tolist())
+    info = DatasetInfo(name, (channels, height, width), class_names, counts)
+    return Dataset(info, train, validation, lambda: test, deformation)
 
 
 def digest(split: Split) -> str:

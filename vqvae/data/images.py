@@ -27,14 +27,14 @@ MAX_FILE = 2**28  # bytes
 MAX_PIXELS = 2**26  # a camera's image has half as many; Pillow's own limit is higher
 DEEP_GREY = ("I", "I;16", "I;16B", "I;16L")  # Pillow's names of 16 bits
 GREY = ("1", "L", "LA", "La", *DEEP_GREY)
-LYING = (5, 6, 7, 8)  # the orientations in Exif data that turn an image by a quarter
+QUARTER_TURNS = (5, 6, 7, 8)  # the orientations in Exif data that turn an image on its side
 REMEDY = "name another image, or save this one anew as a PNG"
 
 
 def find_images(path: Path) -> list[Path]:
     """An image file itself, or the image files of a folder and of its subfolders, sorted.
 
-    Image files are told by their suffix. Hidden files and folders are skipped. A link to a folder is not followed,
+    Image files are known by their suffix. Hidden files and folders are skipped. A link to a folder is not followed,
     because the folder that it may lead to is searched anyway.
 
     Raises:
@@ -45,9 +45,8 @@ def find_images(path: Path) -> list[Path]:
     with refusals(f"expected images at {path}", remedy):
         if not path.exists():
             raise MissingFileError(f"expected images at {path}, found nothing there; {remedy}")
-        if not path.is_dir():
-            return [path]
-        return [path / name for name in sorted(find_names(path), key=natural)]
+        is_folder = path.is_dir()
+    return [path / name for name in sorted(find_names(path), key=natural)] if is_folder else [path]
 
 
 def find_names(folder: Path) -> list[str]:
@@ -58,7 +57,7 @@ def find_names(folder: Path) -> list[str]:
     """
     remedy = "name a folder of images, or an image"
     with refusals(f"expected images in {folder}", remedy):
-        found = [Path(place, name).relative_to(folder).as_posix() for place, name in _image_files(folder)]
+        found = [Path(subfolder, name).relative_to(folder).as_posix() for subfolder, name in _image_files(folder)]
     if not found:
         raise InputError(
             f"expected images in {folder}, found no file whose name ends in {', '.join(SUFFIXES)}; put some there, or "
@@ -105,7 +104,7 @@ def read_shape(path: Path) -> tuple[int, int, int]:
         InputError: it is no image that can be read, it is animated, or it is too large.
     """
     with _opened(path) as image:
-        turns = _orientation(image) in LYING
+        turns = _orientation(image) in QUARTER_TURNS
         if turns and image.format == "TIFF":
             image.load()  # which turns it, and its size with it
             turns = False
@@ -189,16 +188,16 @@ def _image_files(folder: Path) -> Iterator[tuple[str, str]]:
         )
 
     home = folder.resolve()
-    for place, folders, files in os.walk(folder, onerror=refuse):
+    for subfolder, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        for path in (Path(place, name) for name in (*folders, *images)):
+        for path in (Path(subfolder, name) for name in (*folders, *images)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
                 raise InputError(
                     f"expected only files inside {folder}, found the link {path}, which leads out of it; put a copy of "
                     f"what it leads to there, or remove it"
                 )
-        yield from ((place, name) for name in images)
+        yield from ((subfolder, name) for name in images)
 
 
 @contextmanager

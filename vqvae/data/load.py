@@ -11,12 +11,12 @@ from vqvae.data.dataset import Dataset, DatasetInfo, Split
 from vqvae.data.folder import load_folder
 from vqvae.data.images import fit_pixels, parse_size
 from vqvae.data.mnist import load_mnist
-from vqvae.data.prepared import Wanted
-from vqvae.data.torchvision_sets import load_torchvision_set
+from vqvae.data.prepared import ImageFormat
+from vqvae.data.torchvision_sets import SETS, load_torchvision_set
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.files import refusals
 
-KNOWN = ("mnist", "fashion-mnist", "kmnist", "emnist-letters", "cifar10")
+KNOWN = ("mnist", *SETS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def load_dataset(
         MissingFileError: there is no such set.
         InputError: it cannot be read, or an argument is out of range.
     """
-    wanted = Wanted(parse_size(image_size), channels)
+    wanted = ImageFormat(parse_size(image_size), channels)
     if str(dataset) not in KNOWN:
         return _load_own(dataset, data_folder, wanted)
     if str(dataset) == "mnist":
@@ -74,7 +74,7 @@ def load_like(
     return load_dataset(chosen, data_folder, image_size=f"{height}x{width}", channels=channels, download=download)
 
 
-def _load_own(named: str | Path, data_folder: Path, wanted: Wanted) -> Dataset:
+def _load_own(named: str | Path, data_folder: Path, wanted: ImageFormat) -> Dataset:
     """A user's own folder or file.
 
     Raises:
@@ -97,7 +97,7 @@ def _load_own(named: str | Path, data_folder: Path, wanted: Wanted) -> Dataset:
     return load_arrays(path, wanted, data_folder)
 
 
-def _fitted(known: Dataset, wanted: Wanted) -> Dataset:
+def _fitted(known: Dataset, wanted: ImageFormat) -> Dataset:
     """A known set, which lies in memory, with the wanted size and channels."""
     channels, *size = known.info.image_shape
     height, width = wanted.size or size

@@ -34,27 +34,25 @@ VERSION = 1  # of how images are read and split; another one has files of an old
 HASH_BYTES = 16
 
 
-class Material(NamedTuple):
+class SourceImages(NamedTuple):
     """What a dataset is made from. There are N images."""
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]  # () if the images have no labels
     labels: np.ndarray  # (N,) int64; all 0 without classes
     in_test: np.ndarray | None  # (N,) bool: the set's own test split; None if it has none
-    images: Iterator[
-        tuple[int, Tensor]
-    ]  # the number of each image, and its pixels (C, H, W) uint8; some may be missing
+    images: Iterator[tuple[int, Tensor]]  # each one's number and its pixels (C, H, W) uint8; some may be missing
 
 
-class Wanted(NamedTuple):
-    """How images are wanted: (height, width) and 1 or 3 channels. None stands for the set's own."""
+class ImageFormat(NamedTuple):
+    """The (height, width) and the channels, 1 or 3, that images get. None stands for the set's own."""
 
     size: tuple[int, int] | None = None
     channels: int | None = None
 
 
 def load_prepared(
-    source: Path, state: str, wanted: Wanted, data_folder: Path, read: Callable[[Wanted], Material]
+    source: Path, state: str, wanted: ImageFormat, data_folder: Path, read: Callable[[ImageFormat], SourceImages]
 ) -> Dataset:
     """The dataset that is made from a folder or a file. It is made now, if that was not done before.
 
@@ -68,17 +66,17 @@ def load_prepared(
     if not (source.name and str(source).isprintable()):
         raise InputError(f"expected `dataset` to have a name that can be printed, found {source}; rename it")
     # What was made for the set's own size serves too where just that size is wanted, as a checkpoint of it wants it.
-    for made in dict.fromkeys((wanted, wanted._replace(channels=None), Wanted())):
-        folder, origin = _place(source, state, made, data_folder)
-        if (found := _load(folder, origin)) and _is_wanted(found.info, wanted):
+    for made in dict.fromkeys((wanted, wanted._replace(channels=None), ImageFormat())):
+        folder, origin = _folder_of(source, state, made, data_folder)
+        if found := _load(folder, origin, wanted):
             return found
-    folder, origin = _place(source, state, wanted, data_folder)
+    folder, origin = _folder_of(source, state, wanted, data_folder)
     writing = refusals(f"expected to write {folder}", "name another `data_folder`")
     with writing, alone_in(folder, f"prepares {source.name}"):
-        if found := _load(folder, origin):  # another process has made it by now
+        if found := _load(folder, origin, wanted):  # another process has made it by now
             return found
         _make(folder, origin, source, read(wanted))
-    if found := _load(folder, origin):
+    if found := _load(folder, origin, wanted):
         return found
     raise InputError(f"expected to read the files just written in {folder}, found others; see that nobody changes them")
 
@@ -94,7 +92,7 @@ def stamp(path: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def assign(labels: np.ndarray, hashes: np.ndarray, in_test: np.ndarray | None = None) -> np.ndarray:
+def assign_splits(labels: np.ndarray, hashes: np.ndarray, in_test: np.ndarray | None = None) -> np.ndarray:
     """The split of each image: TRAIN, VALIDATION, TEST, or LEFT_OUT for what the test split has too.
 
     It depends on the hashes alone, not on the order of the images. Images of one content are in one split. Of each
@@ -117,32 +115,27 @@ def assign(labels: np.ndarray, hashes: np.ndarray, in_test: np.ndarray | None = 
     label[tested] = labels.max() + 1  # behind all classes
     counts = np.bincount(label)
     by_label = np.argsort(label, kind="stable")
-    place = np.empty(len(label), np.int64)  # of a content within its class
-    place[by_label] = np.arange(len(label)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rank = np.empty(len(label), np.int64)  # of a content within its class
+    rank[by_label] = np.arange(len(label)) - np.repeat(np.cumsum(counts) - counts, counts)
     share = np.maximum(np.rint(counts * SHARE), 1)[label]
-    part = np.where(place < share, VALIDATION, TRAIN)
+    part = np.where(rank < share, VALIDATION, TRAIN)
     if in_test is None:
-        part[(place >= share) & (place < 2 * share)] = TEST
+        part[(rank >= share) & (rank < 2 * share)] = TEST
     part[tested] = LEFT_OUT
     return np.where(own_test, TEST, part[content])
 
 
-def _place(source: Path, state: str, wanted: Wanted, data_folder: Path) -> tuple[Path, str]:
+def _folder_of(source: Path, state: str, wanted: ImageFormat, data_folder: Path) -> tuple[Path, str]:
     """The folder of what is made from a source, and the text that is bound to it."""
     key = json.dumps([str(source), wanted])
     folder = data_folder / "prepared" / f"{source.name[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return folder, hashlib.sha256(json.dumps([VERSION, SPLIT_SEED, key, state]).encode()).hexdigest()
 
 
-def _is_wanted(info: DatasetInfo, wanted: Wanted) -> bool:
-    channels, *size = info.image_shape
-    return wanted.channels in (None, channels) and wanted.size in (None, tuple(size))
-
-
-def _load(folder: Path, origin: str) -> Dataset | None:
-    """The dataset in a folder. None, if it is missing, damaged or made from something else."""
+def _load(folder: Path, origin: str, wanted: ImageFormat) -> Dataset | None:
+    """The dataset in a folder. None, if it is missing, damaged, made from something else, or not as wanted."""
     try:
-        (info, train), (info_2, validation), (info_3, test) = (_read(folder, name, origin) for name in SPLITS)
+        (info, train), (info_2, validation), (info_3, test) = (_read(folder, name, origin, wanted) for name in SPLITS)
     except InputError:
         return None
     counts = torch.bincount(train.labels, minlength=info.num_classes)[: info.num_classes].tolist()
@@ -151,17 +144,20 @@ def _load(folder: Path, origin: str) -> Dataset | None:
     return Dataset(info, train, validation, load_test=lambda: test)  # mapped already, whatever the file becomes
 
 
-def _read(folder: Path, name: str, origin: str) -> tuple[DatasetInfo, Split]:
+def _read(folder: Path, name: str, origin: str, wanted: ImageFormat) -> tuple[DatasetInfo, Split]:
     """One split, mapped from disk.
 
     Raises:
-        InputError: it is missing, damaged or made from something else.
+        InputError: it is missing, damaged, made from something else, or not as wanted.
     """
     with open_checked(folder / f"{name}.safetensors", "a prepared split", "start again, which makes it anew") as opened:
         file = TensorFile(opened)
         if file.metadata["origin"] != origin:
             raise ValueError("another origin")
         info = from_dict(DatasetInfo, json.loads(file.metadata["info"]))
+        channels, *size = info.image_shape
+        if wanted.channels not in (None, channels) or wanted.size not in (None, tuple(size)):
+            raise ValueError("another size or other channels")  # before all of it is read for its checksum
         num = file.found["labels"][1][0]
         if file.found != {"images": ("U8", [num, *info.image_shape]), "labels": ("I64", [num])}:
             raise ValueError("other shapes")
@@ -174,15 +170,15 @@ def _read(folder: Path, name: str, origin: str) -> tuple[DatasetInfo, Split]:
     return info, split
 
 
-def _make(folder: Path, origin: str, source: Path, material: Material) -> None:
+def _make(folder: Path, origin: str, source: Path, found: SourceImages) -> None:
     """Write the three splits.
 
     Raises:
         InputError: the images are too few, or there is too little space.
     """
-    labels, shape = material.labels, material.image_shape
-    counts = tuple(np.bincount(labels).tolist()) if material.class_names else ()
-    info = DatasetInfo(source.name, shape, material.class_names, counts, str(source), SPLIT_SEED)  # checks them
+    labels, shape = found.labels, found.image_shape
+    counts = tuple(np.bincount(labels).tolist()) if found.class_names else ()
+    info = DatasetInfo(source.name, shape, found.class_names, counts, str(source), SPLIT_SEED)  # checks them
     size = math.prod(shape)
     if (needed := 2 * size * len(labels)) > (free := shutil.disk_usage(folder).free):
         raise InputError(
@@ -192,16 +188,16 @@ def _make(folder: Path, origin: str, source: Path, material: Material) -> None:
     with tempfile.TemporaryFile(dir=folder) as scratch, progress(len(labels), "image", doing=source.name) as bar:
         rows, hashes = np.zeros(len(labels), np.int64), np.zeros(len(labels), f"S{HASH_BYTES}")
         num = 0
-        for row, image in material.images:
+        for row, image in found.images:
             pixels = image.numpy().tobytes()
             scratch.write(pixels)
             rows[num], hashes[num] = row, hash_content(pixels)
             num += 1
             bar.update()
         labels, hashes = labels[rows[:num]], hashes[:num]
-        in_test = None if material.in_test is None else material.in_test[rows[:num]]
-        parts = _checked_parts(labels, hashes, in_test, source, material.class_names)
-        if material.class_names:
+        in_test = None if found.in_test is None else found.in_test[rows[:num]]
+        parts = _checked_parts(labels, hashes, in_test, source, found.class_names)
+        if found.class_names:
             counts = np.bincount(labels[parts == TRAIN], minlength=len(counts)).tolist()
             info = replace(info, class_counts=tuple(counts))
         metadata = {"origin": origin, "info": json.dumps(asdict(info))}
@@ -238,13 +234,13 @@ def _image(scratch: BinaryIO, shape: tuple[int, int, int], row: int) -> Tensor:
 def _checked_parts(
     labels: np.ndarray, hashes: np.ndarray, in_test: np.ndarray | None, source: Path, class_names: tuple[str, ...]
 ) -> np.ndarray:
-    """`assign`, after a check that every split gets an image of every class.
+    """`assign_splits`, after a check that every split gets an image of every class.
 
     Raises:
         InputError: a class has too few different images.
     """
     num_classes = max(len(class_names), 1)
-    parts = assign(labels, hashes, in_test) if len(labels) else np.zeros(0, np.int64)
+    parts = assign_splits(labels, hashes, in_test) if len(labels) else np.zeros(0, np.int64)
     for part, name in enumerate(SPLITS):
         missing = np.flatnonzero(np.bincount(labels[parts == part], minlength=num_classes) == 0)
         if len(missing):

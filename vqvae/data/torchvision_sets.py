@@ -1,27 +1,27 @@
 """Known sets whose facts come from torchvision: Fashion-MNIST and KMNIST, EMNIST's letters, CIFAR-10.
 
-The first two have MNIST's form and are read as MNIST is. Of them torchvision has the names of the classes, the mirrors
-and the MD5 sums of the packed files. The other two are downloaded and read by its own classes, from the places where it
-has them. CIFAR-10's files are pickles: none is opened before its MD5 sum is known to be the original's.
+The first two have MNIST's form and are read as MNIST is. torchvision has the names of their classes, their mirrors and
+the MD5 sums of their packed files. The other two are downloaded and read by its own classes, from the folders where
+it has them. CIFAR-10's files are pickles: torchvision opens none before its MD5 sum is known to be the original's.
 """
 
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vqvae.data.dataset import VALIDATION_SHARE, Dataset, DatasetInfo, Deformation, Split, split_validation
-from vqvae.data.download import TIMEOUT_S, one_line, writing
-from vqvae.data.idx import MAX_IDX, IdxSet, exists, md5_of
+from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Deformation, Split, from_memory
+from vqvae.data.download import TIMEOUT_S, writing
+from vqvae.data.idx import IdxSet, exists
 from vqvae.data.mnist import HANDWRITING, load_mnist
 from vqvae.errors import InputError, MissingFileError, is_out_of_memory
-from vqvae.storage.files import SCRATCH, alone_in, open_checked, read_at_most
+from vqvae.storage.files import SCRATCH, alone_in, summary
 
 THINGS = Deformation(flips=True)  # a shoe or a car shows its other side
 FASHION_MD5 = {  # of the four original files, not packed; Debian has packed them anew
@@ -43,7 +43,7 @@ class _OwnClass:
     title: str  # as a sentence gives it
     folder: str  # of its files, in the data folder
     url: str  # of the archive that has them
-    md5: Mapping[str, str | None]  # of each file, by its name; None where torchvision does not know the sum
+    files: tuple[str, ...]  # their names
     read: Callable[..., Labelled]  # from a data folder: (root, train=..., download=...)
     deformation: Deformation
 
@@ -54,7 +54,7 @@ def load_torchvision_set(name: str, data_folder: Path, download: bool = True) ->
     One training image in twelve is for validation. The test images keep their original order.
 
     Args:
-        name: "fashion-mnist", "kmnist", "emnist-letters" or "cifar10".
+        name: one of `SETS`.
     Raises:
         MissingFileError: files are missing, and they may not or cannot be downloaded.
         InputError: a file is not the original, the folder cannot be written, or torchvision does not load.
@@ -63,129 +63,105 @@ def load_torchvision_set(name: str, data_folder: Path, download: bool = True) ->
         from torchvision import datasets  # it takes a second, so only for these sets
     except Exception as error:  # an old one beside a new torch raises others than ImportError
         raise InputError(
-            f"expected the package torchvision, which knows {name}, found that it does not load ({_told(error)}); "
+            f"expected the package torchvision, which knows {name}, found that it does not load ({summary(error)}); "
             f"install the release that fits your torch, by pip install torchvision"
         ) from None
-    match name:
-        case "fashion-mnist":
-            return load_mnist(data_folder, download, _fashion_mnist(datasets.FashionMNIST))
-        case "kmnist":
-            return load_mnist(data_folder, download, _kmnist(datasets.KMNIST))
-        case "emnist-letters":
-            return _load(_emnist_letters(datasets.EMNIST), data_folder, download)
-        case "cifar10":
-            return _load(_cifar10(datasets.CIFAR10), data_folder, download)
-    raise ValueError(f"expected a set that torchvision knows, found {name}")
+    known = SETS[name](datasets)
+    if isinstance(known, IdxSet):
+        return load_mnist(data_folder, download, known)
+    return _load(known, data_folder, download)
 
 
-def _fashion_mnist(facts: Any) -> IdxSet:
-    return IdxSet(
-        name="fashion-mnist",
-        title="Fashion-MNIST",
-        folder="FashionMNIST",
-        class_names=tuple(facts.classes),
-        md5=dict(facts.resources) | FASHION_MD5,
-        mirrors=tuple(facts.mirrors),
-        deformation=THINGS,
-        installed=DEBIAN_FASHION,
-    )
+def _idx_set(name: str, title: str, facts: Any, deformation: Deformation) -> IdxSet:
+    """A set in MNIST's form, by the facts that its class in torchvision has."""
+    md5, classes, mirrors = dict(facts.resources), tuple(facts.classes), tuple(facts.mirrors)
+    return IdxSet(name, title, facts.__name__, classes, md5, mirrors, deformation)
 
 
-def _kmnist(facts: Any) -> IdxSet:
-    return IdxSet(
-        name="kmnist",
-        title="KMNIST",
-        folder="KMNIST",
-        class_names=tuple(facts.classes),
-        md5=dict(facts.resources),
-        mirrors=tuple(facts.mirrors),
-        deformation=HANDWRITING,
-    )
+def _fashion_mnist(datasets: Any) -> IdxSet:
+    known = _idx_set("fashion-mnist", "Fashion-MNIST", datasets.FashionMNIST, THINGS)
+    return replace(known, md5={**known.md5, **FASHION_MD5}, installed=DEBIAN_FASHION)
 
 
-def _emnist_letters(own_class: Any) -> _OwnClass:
+def _kmnist(datasets: Any) -> IdxSet:
+    return _idx_set("kmnist", "KMNIST", datasets.KMNIST, HANDWRITING)
+
+
+def _emnist_letters(datasets: Any) -> _OwnClass:
+    own_class = datasets.EMNIST
+
     def read(root: Path, *, train: bool, download: bool = False) -> Labelled:
         found = own_class(root, split="letters", train=train, download=download)
         upright = found.data.transpose(1, 2).contiguous()  # the files have each image's columns as its rows
         return Split(upright.unsqueeze(1), found.targets - 1), tuple(found.classes[1:])  # label 0 stands for no letter
 
-    names = [f"emnist-letters-{part}-{kind}" for part in ("train", "test") for kind in ("images-idx3", "labels-idx1")]
-    md5 = {f"{name}-ubyte": None for name in names}
-    return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", own_class.url, md5, read, HANDWRITING)
+    kinds = ("train-images-idx3", "train-labels-idx1", "test-images-idx3", "test-labels-idx1")
+    files = tuple(f"emnist-letters-{kind}-ubyte" for kind in kinds)
+    return _OwnClass("emnist-letters", "EMNIST letters", "EMNIST/raw", own_class.url, files, read, HANDWRITING)
 
 
-def _cifar10(own_class: Any) -> _OwnClass:
+def _cifar10(datasets: Any) -> _OwnClass:
+    own_class = datasets.CIFAR10
+
     def read(root: Path, *, train: bool, download: bool = False) -> Labelled:
-        found = own_class(root, train=train, download=download)  # it checks all sums before it unpickles anything
+        try:
+            found = own_class(root, train=train, download=download)
+        except RuntimeError as error:  # it unpickles only files whose sums it has checked
+            raise error if download else ValueError("other MD5 sums than the originals'") from None
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(found.targets)), tuple(found.classes)
 
-    md5 = dict([*own_class.train_list, *own_class.test_list, (own_class.meta["filename"], own_class.meta["md5"])])
-    return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, own_class.url, md5, read, THINGS)
+    batches = [name for name, _ in (*own_class.train_list, *own_class.test_list)]
+    files = (*batches, own_class.meta["filename"])
+    return _OwnClass("cifar10", "CIFAR-10", own_class.base_folder, own_class.url, files, read, THINGS)
+
+
+SETS: dict[str, Callable[[Any], IdxSet | _OwnClass]] = {  # the facts of each, from the module torchvision.datasets
+    "fashion-mnist": _fashion_mnist,
+    "kmnist": _kmnist,
+    "emnist-letters": _emnist_letters,
+    "cifar10": _cifar10,
+}
 
 
 def _load(known: _OwnClass, data_folder: Path, download: bool) -> Dataset:
-    _load_part(known, data_folder, download, train=False)  # so that a damaged test set is found before any training
-    full, class_names = _load_part(known, data_folder, download, train=True)
-    train, validation = split_validation(full)
-    _, channels, height, width = full.images.shape
-    info = DatasetInfo(
-        name=known.name,
-        image_shape=(channels, height, width),
-        class_names=class_names,
-        class_counts=tuple(torch.bincount(train.labels, minlength=len(class_names)).tolist()),
-    )
-
-    def load_test() -> Split:
-        return _load_part(known, data_folder, download, train=False)[0]
-
-    return Dataset(info, train, validation, load_test, known.deformation)
-
-
-def _load_part(known: _OwnClass, data_folder: Path, download: bool, *, train: bool) -> Labelled:
-    """The training images or the test images, after the files of both are there and have been compared."""
     folder = data_folder / known.folder
-    _compare(known, folder)
     if missing := _missing(known, folder):
         if not download:
             raise _missing_files(known, folder, missing, "`download=False` was given")
         _fetch(known, folder)
     try:
-        split, class_names = known.read(data_folder, train=train)
-        if not len(split.images) == len(split.labels) >= VALIDATION_SHARE:
-            raise ValueError(f"{len(split.images)} images and {len(split.labels)} labels")
-        if not 0 <= split.labels.min() <= split.labels.max() < len(class_names):
-            raise ValueError(f"labels that are none of its {len(class_names)} classes")
+        (full, class_names), (test, _) = (_read_part(known, data_folder, train) for train in (True, False))
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise InputError(
             f"expected the {known.title} files in {folder}, found some that are cut short or of another kind "
-            f"({_told(error)}); move them away and run again to fetch the originals, or name another `data_folder`"
+            f"({summary(error)}); move them away and run again to fetch the originals, or name another `data_folder`"
         ) from None
+    return from_memory(known.name, class_names, full, test, known.deformation)
+
+
+def _read_part(known: _OwnClass, data_folder: Path, train: bool) -> Labelled:
+    """The training images or the test images.
+
+    Raises:
+        Exception: torchvision cannot read them, or they do not fit each other.
+    """
+    split, class_names = known.read(data_folder, train=train)
+    if not len(split.images) == len(split.labels) >= VALIDATION_SHARE:
+        raise ValueError(f"{len(split.images)} images and {len(split.labels)} labels")
+    if not 0 <= split.labels.min() <= split.labels.max() < len(class_names):
+        raise ValueError(f"labels that are none of its {len(class_names)} classes")
     return split, class_names
 
 
 def _missing(known: _OwnClass, folder: Path) -> list[str]:
-    return [name for name in known.md5 if not exists(folder / name)]
-
-
-def _compare(known: _OwnClass, folder: Path) -> None:
-    """Refuse a file with another sum than the original's, which a download would replace."""
-    for name, md5 in known.md5.items():
-        if md5 is None or not exists(folder / name):
-            continue
-        remedy = "move it away and run again to fetch the original"
-        with open_checked(folder / name, f"a file of {known.title}", remedy) as file:
-            if (found := md5_of(read_at_most(file, MAX_IDX))) != md5:
-                raise InputError(
-                    f"expected MD5 {md5} of {folder / name}, which is the original's, found {found}; {remedy}, or name "
-                    f"another `data_folder`"
-                )
+    return [name for name in known.files if not exists(folder / name)]
 
 
 def _fetch(known: _OwnClass, folder: Path) -> None:
-    """Let torchvision download to a scratch folder, from which the files that are missing go to their place."""
+    """Let torchvision download to a scratch folder, from which the missing files are moved to `folder`."""
     with writing(folder, known.title), alone_in(folder, f"downloads {known.title}"):
         missing = _missing(known, folder)  # another process may have brought them by now
         if not missing:
@@ -198,7 +174,7 @@ def _fetch(known: _OwnClass, folder: Path) -> None:
                     known.read(Path(scratch), train=True, download=True)
             except Exception as error:
                 raise _missing_files(
-                    known, folder, missing, f"torchvision's download failed ({_told(error)})"
+                    known, folder, missing, f"torchvision's download failed ({summary(error)})"
                 ) from None
             for name in missing:
                 (Path(scratch) / known.folder / name).replace(folder / name)
@@ -216,13 +192,9 @@ def _patience() -> Iterator[None]:
 
 
 def _missing_files(known: _OwnClass, folder: Path, missing: list[str], why: str) -> MissingFileError:
-    found = f"{', '.join(missing)} missing" if len(missing) < len(known.md5) else "all of them missing"
+    found = f"{', '.join(missing)} missing" if len(missing) < len(known.files) else "all of them missing"
     return MissingFileError(
-        f"expected the {known.title} files {', '.join(known.md5)} in {folder}, found {found}, and {why}; either mend "
+        f"expected the {known.title} files {', '.join(known.files)} in {folder}, found {found}, and {why}; either mend "
         f"that and run again (without `download=False`), or put the files there yourself, unpacked from {known.url}, "
         f"or name the folder that has them as `data_folder`"
     )
-
-
-def _told(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}")

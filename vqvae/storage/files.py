@@ -52,7 +52,7 @@ def open_checked(path: Path, expected: str, remedy: str) -> Iterator[BinaryIO]:
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"expected {expected} at {path}, found none; {remedy}") from None
     except Exception as error:
-        found = f"a file that is cut short, damaged or of another kind ({_summary(error)})"
+        found = f"a file that is cut short, damaged or of another kind ({summary(error)})"
         if isinstance(error, OSError) and error.strerror:  # the operating system raised it, not a parser
             found = f"what can't be read: {error.strerror}"
             if error.errno not in NO_FILE:
@@ -171,6 +171,12 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
         _flush_folder(target.parent)
 
 
+def summary(error: BaseException) -> str:
+    """The type of an error and the first line of its text."""
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
 @contextmanager
 def alone_in(folder: Path, what: str) -> Iterator[None]:
     """Inside, no other process writes to the folder by this function, and nothing is left there by a killed one.
@@ -206,12 +212,6 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     # Without numpy's own option to refuse objects, which numpy 2.0 does not have: it would write it as an array.
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(path, buffer.getvalue())
-
-
-def _summary(error: BaseException) -> str:
-    """The type of an error and the first line of its text."""
-    first_line = (str(error).splitlines() or [""])[0][:200]
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 def _target(path: Path) -> Path:

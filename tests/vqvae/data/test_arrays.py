@@ -72,6 +72,15 @@ def test_labels_may_be_text_or_missing(tmp_path: Path) -> None:
     assert load(save(tmp_path / "none.npz", images=images)).info.class_names == ()
 
 
+@pytest.mark.parametrize("numbers", [[1, 2, 26], [-5, 0, 10], [2**64 - 2, 2**63, 2**63 + 1]])
+def test_labels_that_are_numbers_are_the_names_of_their_classes(tmp_path: Path, numbers: list[int]) -> None:
+    images, labels = noise(NUM, 6, 5), np.array(numbers)[np.arange(NUM) % 3]
+    dataset = load(save(tmp_path / "set.npz", images=images, labels=labels))
+    assert dataset.info.class_names == tuple(map(str, sorted(numbers)))
+    found = {content: int(dataset.info.class_names[label]) for content, label in by_pixels(dataset).items()}
+    assert found == {row.tobytes(): label for row, label in zip(images, labels, strict=True)}
+
+
 @pytest.mark.parametrize("shape", [(NUM, 9, 12), (NUM, 3, 9, 12)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_resized_and_converted_as_those_of_files_are(tmp_path: Path, shape: Any, channels: int) -> None:

@@ -100,6 +100,15 @@ def test_one_image_in_colour_makes_all_rgb_and_a_size_makes_all_alike(tmp_path: 
     assert load(path, image_size="4x8", channels=1).info.image_shape == (1, 4, 8)
 
 
+def test_where_the_size_is_given_no_header_is_read_after_an_image_in_colour(tmp_path: Path, monkeypatch: Patch) -> None:
+    path = make_folder(tmp_path / "set", [f"{i}.png" for i in range(20)])
+    noise(path / "14.png", mode="RGB")
+    opened, read_shape = [], folder.read_shape
+    monkeypatch.setattr(folder, "read_shape", lambda file: (opened.append(file.name), read_shape(file))[1])
+    assert load(path, image_size=4).info.image_shape == (3, 4, 4)
+    assert opened == ["0.png", "1.png", *(f"{i}.png" for i in range(10, 15))]
+
+
 def test_a_later_start_opens_no_image_and_a_changed_file_is_noticed(tmp_path: Path, monkeypatch: Patch) -> None:
     path = make_folder(tmp_path / "set", [f"{label}/{i}.png" for label in "ab" for i in range(5)])
     dataset = load(path)

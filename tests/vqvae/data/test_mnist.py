@@ -148,7 +148,7 @@ def test_files_of_another_form_are_refused(raw: Path, part: str, images: bytes, 
     sums = [f"{hashlib.md5((raw / name).read_bytes()).hexdigest()}  {name}\n" for name in MNIST_MD5]
     (raw / "MD5SUMS").write_text("".join(sums))  # so that only the form is wrong
     with pytest.raises(InputError, match=message):
-        load_mnist(raw.parents[1], download=False).load_test()
+        load_mnist(raw.parents[1], download=False)
 
 
 def test_a_folder_that_is_none_or_cannot_be_asked_is_refused(raw: Path) -> None:
@@ -157,11 +157,3 @@ def test_a_folder_that_is_none_or_cannot_be_asked_is_refused(raw: Path) -> None:
             load_mnist(raw / ("x" * 5000), download)
     with pytest.raises(MissingFileError, match="expected the four MNIST files"):
         load_mnist(raw / "MD5SUMS", download=False)
-
-
-def test_a_test_set_of_other_data_than_the_training_set_is_refused(tmp_path: Path) -> None:
-    shutil.copytree(FIXTURE, tmp_path / "data")
-    dataset = load_mnist(tmp_path / "data")
-    (tmp_path / "data").rename(tmp_path / "moved")  # MNIST's own files would be downloaded instead
-    with pytest.raises(InputError, match="the data that was there before, found that it has changed; put it back"):
-        dataset.load_test()

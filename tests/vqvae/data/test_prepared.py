@@ -15,7 +15,16 @@ from torch import Tensor
 
 from vqvae.data import prepared
 from vqvae.data.dataset import Dataset
-from vqvae.data.prepared import HASH_BYTES, LEFT_OUT, TEST, TRAIN, VALIDATION, Material, Wanted, assign, load_prepared
+from vqvae.data.prepared import (
+    LEFT_OUT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    ImageFormat,
+    SourceImages,
+    assign_splits,
+    load_prepared,
+)
 from vqvae.errors import InputError
 
 Patch = pytest.MonkeyPatch
@@ -23,7 +32,7 @@ SHAPE = (1, 2, 3)
 
 
 def hashes_of(contents: list[int]) -> np.ndarray:
-    return np.array([prepared.hash_content(bytes([content])) for content in contents], f"S{HASH_BYTES}")
+    return np.array([prepared.hash_content(bytes([content])) for content in contents], f"S{prepared.HASH_BYTES}")
 
 
 IMAGES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3), st.booleans()), min_size=1, max_size=120)
@@ -36,7 +45,7 @@ def test_no_content_is_on_two_sides_in_whatever_order_images_come(images: Any, h
     for _ in range(2):
         contents, labels, tested = zip(*images, strict=True)
         in_test = np.array(tested) if has_test else None
-        found = assign(np.array(labels), hashes_of(contents), in_test)
+        found = assign_splits(np.array(labels), hashes_of(contents), in_test)
         sides: dict[int, set[int]] = {}
         for image, part in zip(images, found, strict=True):
             assert parts.setdefault((image if has_test else image[:2]), part) == part  # the same in any order
@@ -60,17 +69,17 @@ def test_no_content_is_on_two_sides_in_whatever_order_images_come(images: Any, h
 
 def test_a_tenth_of_each_class_is_for_validation_and_a_tenth_for_test() -> None:
     labels = np.repeat([0, 1, 2], [1000, 50, 3])
-    parts = assign(labels, numbered_hashes(len(labels)))
+    parts = assign_splits(labels, numbered_hashes(len(labels)))
     nums = [[int((parts[labels == label] == part).sum()) for part in (TRAIN, VALIDATION, TEST)] for label in range(3)]
     assert nums == [[800, 100, 100], [40, 5, 5], [1, 1, 1]]
     own_test = np.arange(len(labels)) % 2 == 0
-    parts = assign(labels, numbered_hashes(len(labels)), own_test)
+    parts = assign_splits(labels, numbered_hashes(len(labels)), own_test)
     assert [int((parts[labels == 0] == part).sum()) for part in (TRAIN, VALIDATION, TEST)] == [450, 50, 500]
     assert abs(np.flatnonzero(parts[:1000] == VALIDATION).mean() - 500) < 150  # drawn from all over
 
 
 def numbered_hashes(num: int) -> np.ndarray:
-    return np.array([prepared.hash_content(i.to_bytes(8, "little")) for i in range(num)], f"S{HASH_BYTES}")
+    return np.array([prepared.hash_content(i.to_bytes(8, "little")) for i in range(num)], f"S{prepared.HASH_BYTES}")
 
 
 class Made:
@@ -87,15 +96,15 @@ class Made:
             if row != 7:  # it cannot be read
                 yield row, self.image(row)
 
-    def read(self, wanted: Wanted) -> Material:
+    def read(self, wanted: ImageFormat) -> SourceImages:
         self.times_read += 1
         shape = (wanted.channels or self.shape[0], *(wanted.size or self.shape[1:]))
         self.shape = shape
         names = tuple(f"c{label}" for label in range(self.num_classes))
-        return Material(shape, names, np.arange(self.num) % max(self.num_classes, 1), None, self.images())
+        return SourceImages(shape, names, np.arange(self.num) % max(self.num_classes, 1), None, self.images())
 
-    def load(self, folder: Path, state: str = "", wanted: Wanted | None = None) -> Dataset:
-        return load_prepared(folder / "my set", state, wanted or Wanted(), folder, self.read)
+    def load(self, folder: Path, state: str = "", wanted: ImageFormat | None = None) -> Dataset:
+        return load_prepared(folder / "my set", state, wanted or ImageFormat(), folder, self.read)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -123,13 +132,26 @@ def test_a_set_is_made_once_and_anew_where_its_source_has_changed(tmp_path: Path
     assert made.times_read == 1
     assert torch.equal(first.train.images, second.train.images)
     assert second.info == first.info
-    made.load(tmp_path, wanted=Wanted(SHAPE[1:], SHAPE[0]))  # what it is anyway, as a checkpoint wants it
+    made.load(tmp_path, wanted=ImageFormat(SHAPE[1:], SHAPE[0]))  # what it is anyway, as a checkpoint wants it
     assert made.times_read == 1
     made.load(tmp_path, state="another")
     assert (made.times_read, len(shards(tmp_path))) == (2, 3)  # the old files are replaced
-    assert made.load(tmp_path, "another", Wanted((4, 5), 3)).info.image_shape == (3, 4, 5)
+    assert made.load(tmp_path, "another", ImageFormat((4, 5), 3)).info.image_shape == (3, 4, 5)
     assert (made.times_read, len(shards(tmp_path))) == (3, 6)
     assert {path.name for path in tmp_path.glob("prepared/*/*")} <= {path.name for path in shards(tmp_path)} | {".lock"}
+
+
+def test_of_a_set_of_another_size_only_the_facts_are_read(tmp_path: Path, monkeypatch: Patch) -> None:
+    Made().load(tmp_path)
+    own, hashed, digest = set(shards(tmp_path)), set(), prepared.hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        hashed.add(Path(file.name))
+        return digest(file, name)
+
+    monkeypatch.setattr(prepared.hashlib, "file_digest", counted)
+    Made().load(tmp_path, wanted=ImageFormat((4, 5)))
+    assert hashed == set(shards(tmp_path)) - own
 
 
 @pytest.mark.parametrize("name", prepared.SPLITS)
@@ -274,5 +296,5 @@ def test_a_set_that_has_no_space_is_refused_before_it_is_read(tmp_path: Path, mo
 def test_a_name_that_cannot_be_printed_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     made = Made()
     with pytest.raises(InputError, match=r"expected `dataset` to have a name that can be printed, found .*rename it"):
-        load_prepared(tmp_path / "a\x1b", "", Wanted(), tmp_path, made.read)
+        load_prepared(tmp_path / "a\x1b", "", ImageFormat(), tmp_path, made.read)
     assert made.times_read == 0
