@@ -17,7 +17,7 @@ end_on_signals()
 import os
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Option
@@ -26,11 +26,6 @@ from vqvae.console import be_quiet, guard_streams, progress, remark, say
 from vqvae.errors import InputError, Interrupted
 from vqvae.shell import as_typed, command_line, program, tell_version
 from vqvae.storage.shipped import RECIPES
-
-if TYPE_CHECKING:
-    from prior import Pair
-    from vqvae.data.dataset import DatasetInfo
-    from vqvae.model import VQVAE
 
 app = typer.Typer(
     add_completion=False,
@@ -410,9 +405,7 @@ def evaluate(
     say(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
 
 
-def _load_vqvae(
-    vqvae: Path | None, device: str, output: Path, dataset: str | None = None, images: Path | None = None
-) -> tuple["VQVAE", "DatasetInfo"]:
+def _load_vqvae(vqvae: Path | None, device: str, output: Path, dataset: str | None = None, *images: Path | None) -> Any:
     """Stage one and the facts about its data, after a check that the output takes the place of no image."""
     from vqvae.compute import pick_device
     from vqvae.data.chosen import require_apart
@@ -424,26 +417,20 @@ def _load_vqvae(
     file = find_vqvae(vqvae)
     model, header = load_vqvae(file, pick_device(device))
     info = from_dict(DatasetInfo, header.data)
-    require_apart(output, info, dataset, images)
+    require_apart(output, info, dataset, *images)
     say(f"weights: {describe(file)}")
     return model, info
 
 
-def _load_pair(
-    vqvae: Path | None,
-    prior: Path | None,
-    device: str,
-    output: Path | None,
-    dataset: str | None = None,
-    images: Path | None = None,
-) -> "Pair":
-    """Both stages, after a check that the output, if there is one, takes the place of no image."""
+def _load_pair(vqvae: Path | None, prior: Path | None, device: str, output: Path | None, *read: Any) -> Any:
+    """Both stages, after a check that the output, if there is one, takes the place of no image. What is read is the
+    dataset and the user's own images, where the command has such flags."""
     from prior import load
     from vqvae.data.chosen import require_apart
 
     pair = load(vqvae, prior, device)
     if output is not None:
-        require_apart(output, pair.info, dataset, images)
+        require_apart(output, pair.info, *(read or [None]))
     say(f"weights: {pair.origin}")
     return pair
 
