@@ -94,13 +94,16 @@ def test_labels_are_dropped_at_a_rate_between_0_and_1_and_otherwise_kept() -> No
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])
-def test_training_drops_labels_at_label_dropout(rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_drops_labels_at_label_dropout_and_remarks_on_a_useless_prior(
+    rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {} if rate == 0.1 else {"label_dropout": rate}  # a tenth is the default
     spy = Mock(side_effect=nats_per_code)
     monkeypatch.setattr(prior.train, "nats_per_code", spy)
     monkeypatch.setattr(PriorTask, "evaluate", lambda _: {"nats_per_code": 1.0})
-    monkeypatch.setattr(prior.train, "evaluate_prior", lambda *_: {})
+    monkeypatch.setattr(prior.train, "evaluate_prior", lambda *_: {"nats_per_code": 10 * rate})  # unigram: below 3
     train(save_vqvae(tmp_path, mnist()), tmp_path, 5, training=PriorTraining(num_epochs=5, **settings))
+    assert ("the prior knows no more than " in capsys.readouterr().err) == (rate == 0.4)
     labels = torch.cat([call.args[2] for call in spy.call_args_list])
     assert torch.bincount(labels).min() > 0
     share = (labels == 10).double().mean().item()
