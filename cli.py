@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 DATA = Path("data")
+File = Path | None
 
 
 def path(typed: str | Path) -> Path:
@@ -102,9 +103,8 @@ def train_vqvae(
     from vqvae.storage.runs import folder_for, relative
     from vqvae.train import VQVAETraining, summarise, train_vqvae
 
-    flags: dict[str, Any] = {"code_dim": code_dim, "num_codes": num_codes, "beta": beta}
-    flags |= {"batch_size": batch_size, "num_epochs": num_epochs, "lr": lr}
-    flags |= {"dataset": dataset, "image_size": image_size}
+    flags: dict[str, Any] = {"code_dim": code_dim, "num_codes": num_codes, "beta": beta, "lr": lr}
+    flags |= {"batch_size": batch_size, "num_epochs": num_epochs, "dataset": dataset, "image_size": image_size}
     classes = (VQVAEConfig, VQVAETraining, DatasetChoice)
     *settings, data = resolve(classes, read_recipe(config, "vqvae"), flags, config)
     named_after = config if dataset is None else Path(os.path.abspath(dataset))  # noqa: PTH100  # links are kept
@@ -405,7 +405,7 @@ def evaluate(
     say(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
 
 
-def _load_vqvae(vqvae: Path | None, device: str, output: Path, dataset: str | None = None, *images: Path | None) -> Any:
+def _load_vqvae(vqvae: File, device: str, output: Path, dataset: str | None = None, images: File = None) -> Any:
     """Stage one and the facts about its data, after a check that the output takes the place of no image."""
     from vqvae.compute import pick_device
     from vqvae.data.chosen import require_apart
@@ -417,20 +417,21 @@ def _load_vqvae(vqvae: Path | None, device: str, output: Path, dataset: str | No
     file = find_vqvae(vqvae)
     model, header = load_vqvae(file, pick_device(device))
     info = from_dict(DatasetInfo, header.data)
-    require_apart(output, info, dataset, *images)
+    require_apart(output, info, dataset, images)
     say(f"weights: {describe(file)}")
     return model, info
 
 
-def _load_pair(vqvae: Path | None, prior: Path | None, device: str, output: Path | None, *read: Any) -> Any:
-    """Both stages, after a check that the output, if there is one, takes the place of no image. What is read is the
-    dataset and the user's own images, where the command has such flags."""
+def _load_pair(
+    vqvae: File, prior: File, device: str, output: File, dataset: str | None = None, images: File = None
+) -> Any:
+    """Both stages, after a check that the output, if there is one, takes the place of no image."""
     from prior import load
     from vqvae.data.chosen import require_apart
 
     pair = load(vqvae, prior, device)
     if output is not None:
-        require_apart(output, pair.info, *(read or [None]))
+        require_apart(output, pair.info, dataset, images)
     say(f"weights: {pair.origin}")
     return pair
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from prior.labels import names_of
 from prior.pair import Pair
 from vqvae.codec import decode_images, encode_images
-from vqvae.data.pixels import to_model_range, to_unit_range
+from vqvae.data.pixels import unit_images
 from vqvae.pictures import GREY
 
 
@@ -54,7 +54,7 @@ def complete(
     kept = decode_images(pair.vqvae, indices)
     kept[:, :, num_rows * kept.shape[2] // height :] = GREY
     of_each = (part.unflatten(0, (len(images), num_samples)) for part in drawn)
-    return Completions(to_unit_range(to_model_range(images)), kept, *of_each)
+    return Completions(unit_images(images), kept, *of_each)
 
 
 def as_grid(completions: Completions, class_names: Sequence[str]) -> dict[str, Any]:

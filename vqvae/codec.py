@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqvae.compute import eval_mode, images_at_once, in_batches
-from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
+from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range, unit_images
 from vqvae.model import VQVAE
 
 BATCH = 500
@@ -49,7 +49,7 @@ def reconstruct(model: VQVAE, images: Tensor) -> dict[str, Tensor]:
         `images` and `reconstructions` (N, C, S, T) in 0..1, `indices` (N, H, W), and of each image's pixels the
         `squared_error` and `psnr_db` (N,), all on the CPU.
     """
-    originals = to_unit_range(to_model_range(images))
+    originals = unit_images(images)
     indices, reconstructions = reconstruct_images(model, images)
     error, psnr = pixel_errors(originals, reconstructions)
     arrays = {"images": originals, "reconstructions": reconstructions, "indices": indices.cpu()}

@@ -13,7 +13,7 @@ from vqvae.compute import eval_mode, images_at_once, in_batches, pick_device, re
 from vqvae.console import remark
 from vqvae.data.dataset import Dataset, DatasetInfo, Split
 from vqvae.data.load import load_dataset
-from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range
+from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range, unit_images
 from vqvae.distributed import all_reduce_sum, main_first, shard
 from vqvae.errors import InputError
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae, map_shape_of
@@ -96,7 +96,7 @@ def evaluate_vqvae(
         for rows in shard(in_batches(len(split.labels), images_at_once(EVALUATION_BATCH, model.image_shape))):
             images = split.images[rows].to(model.device)
             terms, x_hat, indices = loss_terms(model, images, training, predictor)
-            error, psnr = pixel_errors(x_hat, to_unit_range(to_model_range(images)))
+            error, psnr = pixel_errors(x_hat, unit_images(images))
             averager.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
             counts += count_codes(indices, num_codes)
     counts = all_reduce_sum(counts)
@@ -163,7 +163,7 @@ class VQVAETask(Task):
         if epoch == 1:
             with eval_mode(self.vqvae):
                 log.graph(self.vqvae, (to_model_range(shown[:1].to(self.vqvae.device)),))
-        log.picture("original", grid(to_unit_range(to_model_range(shown))), step)
+        log.picture("original", grid(unit_images(shown)), step)
         log.picture("reconstruction", grid(reconstruct_images(self.vqvae, shown)[1]), step)
 
 

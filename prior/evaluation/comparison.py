@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prior.evaluation.metrics import nearest
-from prior.evaluation.sets import unit_images, unit_vectors
+from prior.evaluation.sets import unit_vectors
 from prior.likelihood import mixture_nats_per_map
 from prior.maps import draw_maps
 from prior.pair import Pair
@@ -17,6 +17,7 @@ from prior.sampling import GUIDANCE, draw_labels
 from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode
 from vqvae.data.dataset import Dataset, require_same_kind
+from vqvae.data.pixels import unit_images
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.pictures import columns_for, save_sheet

@@ -9,7 +9,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from prior.codes import Codes
 from prior.evaluation.classifier import Classifier, extract_features
 from prior.evaluation.metrics import frechet_distance, frechet_distance_at_infinity, kid, prdc
-from prior.evaluation.sets import ImageSet, unit_images
+from prior.evaluation.sets import ImageSet
 from prior.independent import baselines
 from prior.likelihood import label_log_joint
 from prior.model import GatedPixelCNN
@@ -17,6 +17,7 @@ from prior.train import evaluate_prior
 from vqvae.compute import derive_seed, in_batches
 from vqvae.console import progress
 from vqvae.data.dataset import DatasetInfo
+from vqvae.data.pixels import unit_images
 
 AT_ONCE = 1000  # images or maps between two moves of a progress bar
 CONFIDENT = 0.99  # the probability from which on the classifier counts as confident

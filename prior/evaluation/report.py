@@ -13,10 +13,10 @@ from jinja2 import Environment
 
 from prior.evaluation.measure import Evaluation, evaluate_pair
 from prior.evaluation.plots import plot_code_usage, plot_heat_maps
-from prior.evaluation.sets import unit_images
 from prior.evaluation.tables import Table, as_markdown, as_text, describe_origin, notes, tabulate
 from prior.pair import Pair
 from vqvae.data.dataset import Dataset, DatasetInfo
+from vqvae.data.pixels import unit_images
 from vqvae.distributed import is_main
 from vqvae.pictures import grid_png
 from vqvae.storage.files import require_writable, write_atomically

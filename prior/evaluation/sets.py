@@ -13,7 +13,7 @@ from prior.sampling import draw_labels
 from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode
 from vqvae.data.dataset import DatasetInfo, Split
-from vqvae.data.pixels import to_bytes, to_model_range, to_unit_range
+from vqvae.data.pixels import to_bytes, unit_images
 from vqvae.gaussian import gaussian_images, gaussian_latents
 from vqvae.model import VQVAE
 
@@ -130,11 +130,6 @@ def prior_samplers(
     drawn_labels = draw_labels(info.class_frequencies, num, generator)
     title = f"pixelcnn, label drawn first, guidance {guidance:g}"
     return [*samplers, with_labels("pixelcnn_unlabelled", title, drawn_labels, guidance), without_label]
-
-
-def unit_images(images: Tensor) -> Tensor:
-    """uint8 images as float32 in 0..1, rounded exactly as the model's output is."""
-    return to_unit_range(to_model_range(images))
 
 
 def unit_vectors(images: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ def to_unit_range(x: Tensor) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1)
 
 
+def unit_images(images: Tensor) -> Tensor:
+    """uint8 images as float32 in 0..1, rounded exactly as the model's output is."""
+    return to_unit_range(to_model_range(images))
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """0..1 to uint8 in 0..255, each value rounded to the nearest, as a PNG stores it."""
     return (images * 255).round().to(torch.uint8)

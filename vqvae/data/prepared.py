@@ -161,9 +161,7 @@ def _read(folder: Path, name: str, origin: str, wanted: ImageFormat) -> tuple[Da
         num = file.found["labels"][1][0]
         if file.found != {"images": ("U8", [num, *info.image_shape]), "labels": ("I64", [num])}:
             raise ValueError("other shapes")
-        opened.seek(file.start)  # what is read, unlike what is mapped, takes no memory
-        if file.metadata["checksum"] != hashlib.file_digest(opened, "sha256").hexdigest():  # type: ignore[arg-type]
-            raise ValueError("another checksum")
+        file.require_checksum()
         split = Split(**file.map())
         if not 0 <= split.labels.min() <= split.labels.max() < max(info.num_classes, 1):
             raise ValueError("labels out of range")

@@ -120,6 +120,16 @@ class TensorFile:
         if self.start + max(entry["data_offsets"][1] for entry in table.values()) != os.fstat(file.fileno()).st_size:
             raise ValueError("it is not as long as it says")
 
+    def require_checksum(self) -> None:
+        """Compare what `write_streamed` wrote with its checksum. It is read, not mapped, which takes no memory.
+
+        Raises:
+            ValueError: they are others.
+        """
+        self.file.seek(self.start)
+        if self.metadata["checksum"] != hashlib.file_digest(self.file, "sha256").hexdigest():  # type: ignore[arg-type]
+            raise ValueError("another checksum")
+
     def map(self) -> dict[str, Tensor]:
         """All tensors, mapped from disk: their values are read where they are used. They must not be changed.
 

@@ -4,14 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prior.evaluation.sets import (
-    Sampler,
-    choose,
-    decoded_images,
-    make_samplers,
-    real_images,
-    unit_images,
-)
+from prior.evaluation.sets import Sampler, choose, decoded_images, make_samplers, real_images
 from prior.independent import draw_independently
 from prior.maps import draw_maps
 from prior.sampling import draw_labels
@@ -19,6 +12,7 @@ from tests.helpers import make_info, make_prior, make_split, make_vqvae, random_
 from vqvae.codec import encode_images
 from vqvae.compute import derive_seed
 from vqvae.data.dataset import Split, require_same_kind
+from vqvae.data.pixels import unit_images
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
 
