@@ -17,9 +17,10 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
-from prior.kernels import AddedProduct, ConvAsLinear
+from prior.kernels import AddedProduct
 from prior.model import GatedLayer, GatedPixelCNN
 
 
@@ -50,8 +51,8 @@ class IncrementalLogits:
             _Layer(cast(GatedLayer, layer), labels, own, following, workspace)
             for layer, (own, following) in zip(prior.layers, pairwise(inputs), strict=True)
         ]
-        convolutions = [module for module in prior.head if isinstance(module, ConvAsLinear)]
-        self.head = [(AddedProduct(module.matrix), _bias(module)) for module in convolutions]
+        convolutions = [module for module in prior.head if isinstance(module, nn.Conv2d)]
+        self.head = [(AddedProduct(_matrix(module)), _bias(module)) for module in convolutions]
 
     def __call__(self, indices: Tensor, i: int, j: int) -> Tensor:
         """Logits (B, K) at (i, j), given the codes before it in indices (B, H, W). Later codes are not read."""
@@ -126,11 +127,11 @@ class _Layer:
         self.own, self.following, self.workspace = own, following, workspace
         scale = workspace.scale
         link = layer.vertical_to_horizontal
-        self.v_product = AddedProduct(scale[:, None] * layer.vertical.matrix)
-        self.v_to_h = AddedProduct(scale[:, None] * link.matrix / scale)
-        self.h_product = AddedProduct(scale[:, None] * layer.horizontal.matrix)
+        self.v_product = AddedProduct(scale[:, None] * _matrix(layer.vertical))
+        self.v_to_h = AddedProduct(scale[:, None] * _matrix(link) / scale)
+        self.h_product = AddedProduct(scale[:, None] * _matrix(layer.horizontal))
         self.v_out, self.h_out = (
-            AddedProduct(torch.cat([out.matrix, _bias(out)[:, None]], dim=1))
+            AddedProduct(torch.cat([_matrix(out), _bias(out)[:, None]], dim=1))
             for out in (layer.vertical_out, layer.horizontal_out)
         )
         # The constant part of the features, (B, 2C). The horizontal one takes v's label off again, because the link
@@ -158,5 +159,10 @@ class _Layer:
         self.h_out(gate(), self.own.h[j], out=self.following.h[j])
 
 
-def _bias(convolution: ConvAsLinear) -> Tensor:
+def _matrix(convolution: nn.Conv2d) -> Tensor:
+    """The weights as a matrix (D, R S C) for windows whose channels run fastest."""
+    return rearrange(convolution.weight, "d c rows columns -> d (rows columns c)")
+
+
+def _bias(convolution: nn.Conv2d) -> Tensor:
     return cast(Tensor, convolution.bias)

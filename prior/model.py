@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prior.kernels import ConvAsLinear, dropout, gate
+from prior.kernels import dropout, gate
 from vqvae.data.dataset import DatasetInfo
 from vqvae.errors import InputError
 from vqvae.model import VQVAE
@@ -45,6 +45,21 @@ class PriorConfig:
             require_range("num_layers", self.num_layers, 1, 256)
 
 
+class CausalConv(nn.Conv2d):
+    """A convolution of the same size out as in, whose kernel (R, S) sees R - 1 rows up and S // 2 columns to the left.
+
+    Its bottom row, and its middle or last column, is the position itself.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int]) -> None:
+        super().__init__(channels_in, channels_out, kernel)
+        rows, columns = kernel
+        self.margins = (columns // 2, (columns - 1) // 2, rows - 1, 0)  # left, right, above and below
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.margins))
+
+
 class GatedLayer(nn.Module):
     """One layer of both stacks, figure 2 of the paper: (v, h) to (v, h), each (B, C, H, W).
 
@@ -53,11 +68,11 @@ class GatedLayer(nn.Module):
 
     def __init__(self, width: int, p_dropout: float, num_labels: int) -> None:
         super().__init__()
-        self.vertical = ConvAsLinear(width, 2 * width, (2, 3))
-        self.horizontal = ConvAsLinear(width, 2 * width, (1, 2))
-        self.vertical_to_horizontal = ConvAsLinear(2 * width, 2 * width)
-        self.vertical_out = ConvAsLinear(width, width)
-        self.horizontal_out = ConvAsLinear(width, width)
+        self.vertical = CausalConv(width, 2 * width, (2, 3))
+        self.horizontal = CausalConv(width, 2 * width, (1, 2))
+        self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
+        self.vertical_out = nn.Conv2d(width, width, 1)
+        self.horizontal_out = nn.Conv2d(width, width, 1)
         self.label = nn.Embedding(num_labels, 4 * width)
         self.p_dropout = p_dropout
 
@@ -120,7 +135,7 @@ class GatedPixelCNN(nn.Module):
         self.embedding = nn.Embedding(num_codes, width)
         self.layers = nn.ModuleList(GatedLayer(width, config.dropout, num_classes + 1) for _ in range(num_layers))
         self.head = nn.Sequential(
-            nn.ReLU(), ConvAsLinear(width, 2 * width), nn.ReLU(), ConvAsLinear(2 * width, num_codes)
+            nn.ReLU(), nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, num_codes, 1)
         )
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vqvae.storage.recipe import require_range
+from vqvae.training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Training:
     batch_size: int = 128
     num_epochs: int = 10
     lr: float = 2e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"
     schedule: Literal["constant", "one-cycle"] = "constant"
     warmup: float = 0.05  # share of a one-cycle run in which the rate rises
     weight_decay: float = 0.0
@@ -40,11 +42,17 @@ def learning_rate(training: Training, progress: float) -> float:
 
 
 def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """AdamW. Weight decay applies to the weights of convolutions and linear layers and to nothing else."""
+    """AdamW for all parameters, or Muon for the weights of convolutions and linear layers and AdamW for the rest.
+
+    Weight decay applies to those weights and to nothing else.
+    """
     weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    decayed = weights if training.weight_decay > 0 else set()  # one group is faster than two
+    by_muon = training.optimizer == "muon"
+    apart = weights if by_muon or training.weight_decay > 0 else set()  # one group is faster than two
     groups = [
-        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": training.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) in apart], "weight_decay": training.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in apart], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr, fused=True)
+    groups[0]["orthogonal"] = by_muon
+    kind = Muon if by_muon else torch.optim.AdamW
+    return kind([group for group in groups if group["params"]], lr=training.lr, fused=True)

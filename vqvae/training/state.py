@@ -13,7 +13,8 @@ from vqvae.storage.checkpoint import load_resume_state
 from vqvae.training.settings import Training
 
 KEYS = {"model", "optimizer", "step", "averages", "best", "figures", "log_from", "unlogged", "settings"}
-MOMENTS = {"exp_avg", "exp_avg_sq"}  # AdamW's averages of a parameter's gradient and of its square
+AVERAGES = {"exp_avg", "exp_avg_sq"}  # AdamW's, of a parameter's gradient and of its square
+MOMENTUM = {"momentum"}  # Muon's
 LARGEST_COUNT = 2**24  # where the optimiser's own count of steps, a float32, stops
 MAX_SHOWN = 80  # characters of a setting in a message
 ANEW = "start anew with `overwrite=True`"
@@ -44,7 +45,11 @@ def load_state(
     state = load_resume_state(file)
     epoch_steps = math.ceil(num_samples / training.batch_size)
     # In the order by which the optimiser's state numbers them.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [
+        (parameter, MOMENTUM if group.get("orthogonal", False) else AVERAGES)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
     try:
         _require(state.keys() == KEYS, "other data")
         _check_settings(state["settings"], settings)
@@ -67,8 +72,8 @@ def load_state(
             f"{step / epoch_steps:.4g}; resume with a larger `num_epochs`"
         )
     model.load_state_dict(dict(state["model"]))
-    for i, parameter in enumerate(parameters):
-        for name in MOMENTS & state["optimizer"].get(i, {}).keys():  # two tensors of a file may share their memory
+    for i, (parameter, names) in enumerate(parameters):
+        for name in names & state["optimizer"].get(i, {}).keys():  # two tensors of a file may share their memory
             state["optimizer"][i][name] = torch.empty_like(parameter).copy_(state["optimizer"][i][name])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
     return state
@@ -127,16 +132,18 @@ def _check_model(saved: Any, model: nn.Module) -> None:
         _require(_fits(saved[name], tensor), f"another network's {name}")
 
 
-def _check_optimizer(saved: Any, parameters: list[Tensor], step: int) -> None:
-    """Check the optimiser's averages for each parameter. Its settings are no part of the state."""
-    trained = {i for i, parameter in enumerate(parameters) if parameter.requires_grad}
+def _check_optimizer(saved: Any, parameters: list[tuple[Tensor, set[str]]], step: int) -> None:
+    """Check the optimiser's averages for each parameter, by their names. Its settings are no part of the state."""
+    trained = {i for i, (parameter, _) in enumerate(parameters) if parameter.requires_grad}
     _require(type(saved) is dict and saved.keys() == trained, "another optimiser's")
     count = torch.tensor(float(min(step, LARGEST_COUNT)))
     for i, moments in saved.items():
-        fits = type(moments) is dict and moments.keys() == {"step", *MOMENTS} and _fits(moments["step"], count)
-        fits = fits and all(_fits(moments[name], parameters[i]) for name in MOMENTS)
+        parameter, names = parameters[i]
+        fits = type(moments) is dict and moments.keys() == {"step", *names} and _fits(moments["step"], count)
+        fits = fits and all(_fits(moments[name], parameter) for name in names)
         _require(fits and bool(moments["step"] == count), "another optimiser's")
-        _require(bool((moments["exp_avg_sq"] >= 0).all()), "an average of squares below 0")
+        squares = moments.get("exp_avg_sq", count)
+        _require(bool((squares >= 0).all()), "an average of squares below 0")
 
 
 def _check_averages(saved: Any, num_batches: int, num_samples: int) -> None:

@@ -1,0 +1,88 @@
+"""The optimiser Muon (kellerjordan.github.io/posts/muon): a matrix moves along its momentum, made orthogonal.
+
+    M <- mu M + (1 - mu) G       the momentum of the gradients G; the rows of a convolution's matrix are its filters
+    U <- mu M + (1 - mu) G       the momentum, moved by the gradient once more
+    W <- W - lr 0.2 sqrt(max(R, C)) (U U^T)^(-1/2) U                       for a matrix of R rows and C columns
+
+All singular values of such a step are near 1, so rare directions are learned as fast as frequent ones. Its elements are
+about as large as those of AdamW's steps (arXiv:2502.16982, section 2.2), so one learning rate serves both optimisers.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+LIKE_ADAMW = 0.2
+ROWS = 64  # of a larger matrix that are made orthogonal together; the time grows with their square
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # lifts singular values fast, and leaves them between 0.7 and 1.2
+NUM_STEPS = 3  # the singular values that stay small are mostly noise
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups of parameters that are marked `orthogonal`, and AdamW for the others."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group.get("orthogonal", False):
+                self._step_orthogonally(group)
+        return super().step(closure)
+
+    def _step_orthogonally(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        updates = orthogonalise([self._update_momentum(parameter) for parameter in parameters])
+        for parameter, update in zip(parameters, updates, strict=True):
+            size = LIKE_ADAMW * math.sqrt(max(update.shape[-2:]))
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
+            parameter.grad = None  # it is used up, and AdamW passes over what has none
+
+    def _update_momentum(self, parameter: Tensor) -> Tensor:
+        """U as matrices (N, R, C), whose rows follow each other in the parameter."""
+        state, gradient = self.state[parameter], parameter.grad
+        if not state:
+            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(parameter)}  # AdamW counts steps, too
+        state["step"] += 1
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        matrix = gradient.lerp(state["momentum"], MOMENTUM).flatten(1)
+        return matrix.unflatten(0, (-1, ROWS if len(matrix) % ROWS == 0 else len(matrix)))
+
+
+def orthogonalise(stacks: list[Tensor]) -> list[Tensor]:
+    """About (X X^T)^(-1/2) X for each matrix X of stacks (N, R, C): its singular vectors, with equal singular values.
+
+    A Newton-Schulz step is X <- (a + b X X^T + c (X X^T)^2) X. What stands before X is a polynomial of the first X X^T.
+    So the steps are made with these small matrices alone, together for all of one size.
+    """
+    wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
+    wide = [x / (torch.linalg.matrix_norm(x, keepdim=True) + torch.finfo(x.dtype).tiny) for x in wide]
+    by_size = defaultdict(list)
+    for i, x in enumerate(wide):
+        by_size[x.shape[1]].append(i)
+    for same in by_size.values():
+        factors = _newton_schulz(torch.cat([wide[i] @ wide[i].mT for i in same]))
+        for i, factor in zip(same, factors.split([len(wide[i]) for i in same]), strict=True):
+            wide[i] = factor @ wide[i]
+    return [x if x.shape == stack.shape else x.mT for x, stack in zip(wide, stacks, strict=True)]
+
+
+def _newton_schulz(squares: Tensor) -> Tensor:
+    """What the steps multiply X by, for each A = X X^T (N, R, R) of a matrix whose singular values are at most 1."""
+    product = factor = _polynomial(squares)
+    for _ in range(NUM_STEPS - 1):
+        squares = factor @ factor @ squares  # in any order: polynomials of one matrix commute
+        factor = _polynomial(squares)
+        product = factor @ product
+    return product
+
+
+def _polynomial(squares: Tensor) -> Tensor:
+    a, b, c = NEWTON_SCHULZ
+    found = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+    found.diagonal(dim1=1, dim2=2).add_(a)
+    return found
