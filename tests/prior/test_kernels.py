@@ -1,29 +1,13 @@
-"""The prior's fast layers and products, each held against the plain form that its docstring names."""
+"""The prior's fast parts, each held against the plain form that its docstring names."""
 
 import itertools
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from prior import kernels
-from prior.kernels import ONEDNN_FROM, AddedProduct, ConvAsLinear, dropout, gate
-
-
-@pytest.mark.parametrize(
-    ("kernel", "padding"),  # left, right, above and below
-    [((2, 3), (1, 1, 1, 0)), ((1, 2), (1, 0, 0, 0)), ((1, 1), (0, 0, 0, 0))],
-)
-def test_a_layer_is_the_padded_convolution_and_its_gradients(kernel: tuple[int, int], padding: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    layer = ConvAsLinear(3, 7, kernel).double()
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    found, expected = layer(x), F.conv2d(F.pad(x, padding), layer.weight, layer.bias)
-    torch.testing.assert_close(found, expected)
-    direction, leaves = torch.randn_like(found), (x, layer.weight, layer.bias)
-    gradients = [torch.autograd.grad((out * direction).sum(), leaves) for out in (found, expected)]
-    torch.testing.assert_close(gradients[0], gradients[1])
+from prior.kernels import ONEDNN_FROM, AddedProduct, dropout, gate
 
 
 def test_the_gate_is_tanh_of_the_first_half_times_sigmoid_of_the_second() -> None:

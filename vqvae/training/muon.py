@@ -34,17 +34,17 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def _step_orthogonally(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        updates = orthogonalise([self._update_momentum(parameter) for parameter in parameters])
-        for parameter, update in zip(parameters, updates, strict=True):
+        pairs = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
+        updates = orthogonalise([self._update_momentum(parameter, gradient) for parameter, gradient in pairs])
+        for (parameter, _), update in zip(pairs, updates, strict=True):
             size = LIKE_ADAMW * math.sqrt(max(update.shape[-2:]))
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
             parameter.grad = None  # it is used up, and AdamW passes over what has none
 
-    def _update_momentum(self, parameter: Tensor) -> Tensor:
+    def _update_momentum(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """U as matrices (N, R, C), whose rows follow each other in the parameter."""
-        state, gradient = self.state[parameter], parameter.grad
+        state = self.state[parameter]
         if not state:
             state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(parameter)}  # AdamW counts steps, too
         state["step"] += 1

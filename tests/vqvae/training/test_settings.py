@@ -39,6 +39,6 @@ def test_the_weights_of_convolutions_and_linear_layers_decay_and_no_codebook_or_
             owner, _, kind = name.rpartition(".")
             assert decay == (0.1 if kind == "weight" and isinstance(modules[owner], nn.Conv2d | nn.Linear) else 0.0)
     assert decays(learned)["quantizer.codebook"] == decays(prior)["embedding.weight"] == 0.0
-    assert decays(prior)["layers.0.vertical.weight"] == decays(prior)["head.3.weight"] == 0.1  # of ConvAsLinear
+    assert decays(prior)["layers.0.vertical.weight"] == decays(prior)["head.3.weight"] == 0.1
     assert "quantizer.codebook" in dict(averaged.named_buffers())
     assert "quantizer.codebook" not in decays(averaged)
