@@ -34,32 +34,38 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def _step_orthogonally(self, group: dict[str, Any]) -> None:
-        pairs = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
-        updates = orthogonalise([self._update_momentum(parameter, gradient) for parameter, gradient in pairs])
-        for (parameter, _), update in zip(pairs, updates, strict=True):
-            size = LIKE_ADAMW * math.sqrt(max(update.shape[-2:]))
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
-            parameter.grad = None  # it is used up, and AdamW passes over what has none
+        by_shape = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape[parameter.flatten(1).shape].append(parameter)
+        stacks = [torch.stack([self._update_momentum(p) for p in same]) for same in by_shape.values()]
+        for same, updates in zip(by_shape.values(), orthogonalise(stacks), strict=True):
+            for parameter, update in zip(same, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * LIKE_ADAMW)
+                parameter.grad = None  # it is used up, and AdamW passes over what has none
 
-    def _update_momentum(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """U as matrices (N, R, C), whose rows follow each other in the parameter."""
-        state = self.state[parameter]
+    def _update_momentum(self, parameter: Tensor) -> Tensor:
+        """U (R, C) of a parameter."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if not state:
             state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(parameter)}  # AdamW counts steps, too
         state["step"] += 1
         state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        matrix = gradient.lerp(state["momentum"], MOMENTUM).flatten(1)
-        return matrix.unflatten(0, (-1, ROWS if len(matrix) % ROWS == 0 else len(matrix)))
+        return gradient.lerp(state["momentum"], MOMENTUM).flatten(1)
 
 
 def orthogonalise(stacks: list[Tensor]) -> list[Tensor]:
-    """About (X X^T)^(-1/2) X for each matrix X of stacks (N, R, C): its singular vectors, with equal singular values.
+    """About (X X^T)^(-1/2) X, times the root of its larger side, for each matrix X of stacks (N, R, C).
+
+    Where 64 divides R, every 64 rows are a matrix of their own: the time for a matrix grows with its rows squared.
 
     A Newton-Schulz step is X <- (a + b X X^T + c (X X^T)^2) X. What stands before X is a polynomial of the first X X^T.
     So the steps are made with these small matrices alone, together for all of one size.
     """
-    wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
+    parts = [stack.reshape(-1, ROWS, stack.shape[2]) if stack.shape[1] % ROWS == 0 else stack for stack in stacks]
+    wide = [part if part.shape[1] <= part.shape[2] else part.mT for part in parts]
     wide = [x / (torch.linalg.matrix_norm(x, keepdim=True) + torch.finfo(x.dtype).tiny) for x in wide]
     by_size = defaultdict(list)
     for i, x in enumerate(wide):
@@ -67,8 +73,9 @@ def orthogonalise(stacks: list[Tensor]) -> list[Tensor]:
     for same in by_size.values():
         factors = _newton_schulz(torch.cat([wide[i] @ wide[i].mT for i in same]))
         for i, factor in zip(same, factors.split([len(wide[i]) for i in same]), strict=True):
-            wide[i] = factor @ wide[i]
-    return [x if x.shape == stack.shape else x.mT for x, stack in zip(wide, stacks, strict=True)]
+            wide[i] = factor @ wide[i] * math.sqrt(wide[i].shape[2])
+    found = [x if x.shape == part.shape else x.mT for x, part in zip(wide, parts, strict=True)]
+    return [x.reshape(stack.shape) for x, stack in zip(found, stacks, strict=True)]
 
 
 def _newton_schulz(squares: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def expected_of(matrix: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     for _ in range(NUM_STEPS):
         values = a * values + b * values**3 + c * values**5
-    return u @ torch.diag(values) @ v
+    return u @ torch.diag(values) @ v * math.sqrt(max(matrix.shape))
 
 
 def test_singular_vectors_stay_and_singular_values_go_through_the_polynomial_whatever_the_shapes() -> None:
@@ -52,7 +52,7 @@ def test_matrices_take_muons_step_and_all_else_adamws(weight_decay: float) -> No
             parameter = plain.get_parameter(name)
             momenta[name] = MOMENTUM * momenta[name] + (1 - MOMENTUM) * parameter.grad
             ahead = (MOMENTUM * momenta[name] + (1 - MOMENTUM) * parameter.grad).flatten(1)
-            update = torch.cat([expected_of(part) * math.sqrt(max(part.shape)) for part in ahead.chunk(num_parts)])
+            update = torch.cat([expected_of(part) for part in ahead.chunk(num_parts)])
             with torch.no_grad():
                 parameter *= 1 - 0.02 * weight_decay
                 parameter -= 0.02 * 0.2 * update.view_as(parameter)
