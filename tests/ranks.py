@@ -1,6 +1,6 @@
 """What each of several processes does in tests/vqvae/test_distributed.py, and small tasks of both stages.
 
-`ranks.py FOLDER` starts 2 processes, and then 3. Process R of N writes what it found to FOLDER/N/R.pt.
+`ranks.py FOLDER` starts 2 processes, then 3, then 4. Process R of N writes what it found to FOLDER/N/R.pt.
 """
 
 import os
@@ -166,7 +166,7 @@ def one_rank(number: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for num in (2, 3):
+    for num in (2, 3, 4):
         servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
         port, *others = [str(server.getsockname()[1]) for server in servers]
         for server in servers:
