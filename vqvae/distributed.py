@@ -8,6 +8,7 @@ function, in the same order.
 import io
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from itertools import islice
@@ -236,6 +237,8 @@ def data_parallel(model: nn.Module, loss: Callable[..., Losses]) -> Callable[...
     """
     if world_size() == 1:
         return loss
+    # The strides of a 1x1 filter and of its gradient may differ where they have no effect.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with _meeting():
         parallel = DistributedDataParallel(_Loss(model, loss))
 
