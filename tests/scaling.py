@@ -68,18 +68,16 @@ def by_arithmetic(task: Any) -> dict[str, int]:
 
 def counted(trace: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """How often in a step each part sends something, and how many bytes each time, from a profiler's trace."""
-    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    spans = sorted(
-        (event["ts"], event["ts"] + event["dur"], event["name"]) for event in events if event["name"] in PARTS
-    )
+    events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
+    spans = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["name"] in PARTS)
     sent: dict[str, dict[float, int]] = {}  # by the start of each time
-    for event in events:
-        if event["name"].startswith("gloo:"):
-            start, _, part = [span for span in spans if span[0] <= event["ts"] < span[1]][-1]  # the innermost
-            pairs = zip(event["args"]["Input Dims"], event["args"]["Input type"], strict=True)
-            num = sum(torch.Size(shape).numel() * NUM_BYTES[kind] for shape, kind in pairs)
+    for e in (e for e in events if e["name"].startswith("gloo:")):
+        around = [(part, start) for start, end, part in spans if start <= e["ts"] < end]
+        for part, start in around[-1:]:  # the innermost; what is sent before and after the steps is in none
+            pairs = zip(e["args"]["Input Dims"], e["args"]["Input type"], strict=True)
             times = sent.setdefault(part, {})
-            times[start] = times.get(start, 0) + num
+            num_bytes = sum(torch.Size(shape).numel() * NUM_BYTES[kind] for shape, kind in pairs)
+            times[start] = times.get(start, 0) + num_bytes
     return {part: (len(times) / PROFILED, statistics.mean(times.values())) for part, times in sent.items()}
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from tests.helpers import FIXTURE, ROOT, run
+from tests.helpers import FIXTURE, NO_CUDA, ROOT, run
 from vqvae import distributed
 from vqvae.distributed import batch_shard, shard
 from vqvae.storage.checkpoint import load_resume_state
@@ -127,6 +127,14 @@ def test_a_process_that_dies_ends_the_others_and_the_last_save_stays(tmp_path: P
     epochs = load_resume_state(resume_file)["step"] // 14  # 440 digits in batches of 32
     assert run(*command, epochs + 1, "--resume").status == 0
     assert load_resume_state(resume_file)["step"] == 14 * (epochs + 1)
+
+
+@pytest.mark.cuda
+@NO_CUDA
+def test_nccl_sums_gradients_and_trains_on_all_devices() -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
+    program = ["--no-python", sys.executable, "-c", "from tests.ranks import one_step; one_step('cuda')"]
+    subprocess.run([sys.executable, *torchrun, *program], env=ENVIRONMENT, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 7])
