@@ -7,6 +7,7 @@ idle. It takes a minute or two and prints two tables.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -45,25 +46,26 @@ PARTS = {  # where processes meet in a step
 
 def make_tasks() -> dict[str, Any]:
     (one, training_one), (two, training_two) = (recipe_of("mnist", stage) for stage in ("vqvae", "prior"))
-    num_steps = WARM_UPS + TIMED
-    images = torch.randint(256, (num_steps * training_one.batch_size, *IMAGE_SHAPE), dtype=torch.uint8)
-    maps = torch.randint(NUM_CODES, (num_steps * training_two.batch_size, *MAP_SHAPE))
-    codes = Codes(maps, torch.arange(len(maps)) % NUM_CLASSES)
-    return {
-        "stage one": StageOne(one, replace(training_one, num_epochs=1), images),
-        "stage two": StageTwo(two, replace(training_two, num_epochs=1), codes),
-    }
+    num_images, num_maps = ((WARM_UPS + TIMED) * training.batch_size for training in (training_one, training_two))
+    images = torch.randint(256, (num_images, *IMAGE_SHAPE), dtype=torch.uint8)
+    codes = Codes(torch.randint(NUM_CODES, (num_maps, *MAP_SHAPE)), torch.arange(num_maps) % NUM_CLASSES)
+    tasks = StageOne(one, training_one, images), StageTwo(two, training_two, codes)
+    return dict(zip(("stage one", "stage two"), tasks, strict=True))
 
 
 def by_arithmetic(task: Any) -> dict[str, int]:
-    """The bytes of each part, each time."""
-    expected = {"gradients": 4 * sum(weight.numel() for weight in task.model.parameters()), "flags": 2 * 8}
-    if isinstance(task, StageOne):
-        num_codes, code_dim = task.vqvae.quantizer.codebook.shape
-        expected["codebook"] = 4 * num_codes * (code_dim + 1)  # counts and sums
-        expected["restarts"] = 8 * num_codes * (code_dim + 1)  # which vectors, the vectors, and noise on them
-        expected["prediction"] = 4 * code_dim * task.vqvae.map_shape[0] * task.vqvae.map_shape[1]  # means
-    return expected
+    """The bytes of each part, each time: 4 for a float, 8 for a whole number."""
+    num_weights = sum(weight.numel() for weight in task.model.parameters())
+    if isinstance(task, StageTwo):
+        return {"gradients": 4 * num_weights, "flags": 2 * 8}
+    codes, map_size = task.vqvae.quantizer.codebook, math.prod(task.vqvae.map_shape)
+    return {
+        "gradients": 4 * num_weights,
+        "codebook": 4 * (len(codes) + codes.numel()),  # counts and sums
+        "restarts": 8 * len(codes) + 2 * 4 * codes.numel(),  # which vectors, the vectors, and noise on them
+        "prediction": 4 * (codes.shape[1] * map_size + 1 + 2 + 2),  # three means, each with a number of samples
+        "flags": 2 * 8,
+    }
 
 
 def counted(trace: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -78,21 +80,21 @@ def counted(trace: dict[str, Any]) -> dict[str, tuple[float, float]]:
             times = sent.setdefault(part, {})
             num_bytes = sum(torch.Size(shape).numel() * NUM_BYTES[kind] for shape, kind in pairs)
             times[start] = times.get(start, 0) + num_bytes
-    return {part: (len(times) / PROFILED, statistics.mean(times.values())) for part, times in sent.items()}
+    return {part: (len(times) / PROFILED, statistics.median(times.values())) for part, times in sent.items()}
 
 
 def measure(task: Any) -> dict[str, Any]:
     """Train twice, for the time and then for the bytes: the profiler takes time itself."""
     moments, prepare = [], task.prepare
     task.prepare = lambda *batch: (moments.append(time.perf_counter()), prepare(*batch))[1]
-    run = loop.Run(None, 0, {})
+    training, run = replace(task.training, num_epochs=1), loop.Run(None, 0, {})
     with ExitStack() as stack, redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))):
-        loop.fit(task, task.training, run)
-        task.data = tuple(tensor[: PROFILED * task.training.batch_size] for tensor in task.data)
+        loop.fit(task, training, run)
+        task.data = tuple(tensor[: PROFILED * training.batch_size] for tensor in task.data)
         for part, (owner, name) in PARTS.items():
             stack.enter_context(patch.object(owner, name, record_function(part)(getattr(owner, name))))
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-            loop.fit(task, task.training, run)
+            loop.fit(task, training, run)
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.json"
         profiler.export_chrome_trace(str(file))
         trace = json.loads(file.read_text())
@@ -109,16 +111,16 @@ def main() -> None:
         if done.returncode != 0:
             sys.exit(done.stderr)
         found[num] = json.loads(done.stdout)
+    rows = [(f"| {stage} | {num}", row) for num, stages in found.items() for stage, row in stages.items()]
     print("| | processes | ms a step: median (tenth to ninetieth percentile) |\n|---|---|---|")
-    for num, stages in found.items():
-        for stage, row in stages.items():
-            tenths = statistics.quantiles(row["ms"], n=10)
-            print(f"| {stage} | {num} | {tenths[4]:.1f} ({tenths[0]:.1f} to {tenths[-1]:.1f}) |")
+    for name, row in rows:
+        tenths = statistics.quantiles(row["ms"], n=10)
+        print(f"{name} | {tenths[4]:.1f} ({tenths[0]:.1f} to {tenths[-1]:.1f}) |")
     print("\n| | processes | | times a step | bytes each time, counted | by arithmetic |\n|---|---|---|---|---|---|")
-    for num, stages in found.items():
-        for stage, row in stages.items():
-            for part, (times, num_bytes) in row["counted"].items():
-                print(f"| {stage} | {num} | {part} | {times:.2f} | {num_bytes:,.0f} | {row['expected'][part]:,} |")
+    for name, row in rows:
+        for part in filter(row["counted"].get, PARTS):
+            times, num_bytes = row["counted"][part]
+            print(f"{name} | {part} | {times:.1f} | {num_bytes:,.0f} | {row['expected'][part]:,} |")
 
 
 if __name__ == "__main__":
