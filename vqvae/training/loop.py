@@ -183,8 +183,7 @@ class _Loop:
             losses = self.loss(*(tensor[share] for tensor in batch))
         require_same_losses(self.averager.state, losses, self.resume_file)
         self.optimizer.zero_grad()
-        num = share.stop - share.start
-        backward(next(iter(losses.values())), self.task.model, num / len(rows))
+        backward(next(iter(losses.values())), self.task.model, (num := share.stop - share.start) / len(rows))
         if num > 0:  # an empty share has no loss
             self.averager.add(losses, num)
         self.optimizer.step()
