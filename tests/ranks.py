@@ -1,6 +1,6 @@
 """What each of several processes does in tests/vqvae/test_distributed.py, and small tasks of both stages.
 
-`ranks.py FOLDER` starts 2 processes, and then 3. Process R of N writes what it found to FOLDER/N/R.pt.
+`ranks.py FOLDER` starts 2 processes, then 3, then 4. Process R of N writes what it found to FOLDER/N/R.pt.
 """
 
 import os
@@ -23,8 +23,20 @@ from prior.maps import draw_maps
 from prior.model import PriorConfig
 from prior.train import PriorTask, PriorTraining, evaluate_prior
 from tests.helpers import CPU, log_rows, make_dataset, make_prior, make_split, make_vqvae
+from vqvae.compute import pick_device
 from vqvae.data.dataset import Dataset
-from vqvae.distributed import all_gather, barrier, batch_shard, is_main, main_first, process_group, rank, world_size
+from vqvae.distributed import (
+    all_gather,
+    backward,
+    barrier,
+    batch_shard,
+    data_parallel,
+    is_main,
+    main_first,
+    process_group,
+    rank,
+    world_size,
+)
 from vqvae.errors import InputError, Interrupted
 from vqvae.model import VQVAEConfig
 from vqvae.predictor import CausalPredictor
@@ -131,6 +143,31 @@ def everything(folder: Path) -> dict[str, Any]:
     return found | train_everything(folder) | figures_and_samples() | codebook_and_gradient()
 
 
+def one_step(device_name: str) -> None:
+    """A sum, a gradient and a step of training on devices of a kind. A process alone is connected too."""
+    with process_group():
+        device = pick_device(device_name)
+        torch.distributed.all_reduce(total := torch.ones(3, device=device))
+        assert total.tolist() == [world_size()] * 3
+        options = {"dropout": 0.0, "batch_size": 5, "num_epochs": 1}
+        task = make_task("prior", make_dataset(5), Path("none"), device, **options)
+        batch, own, weights = (
+            [tensor.to(device).long() for tensor in task.data],
+            batch_shard(5),
+            task.model.parameters(),
+        )
+        (whole,) = task.loss(*batch).values()
+        expected = torch.autograd.grad(whole, [*weights])
+        with patch("vqvae.distributed.world_size", return_value=2):  # a process alone would do without
+            loss = data_parallel(task.model, task.loss)
+        (mean,) = loss(*(tensor[own] for tensor in batch)).values()
+        backward(mean, task.model, (own.stop - own.start) / 5)
+        gradients = [weight.grad for weight in task.model.parameters()]
+        torch.testing.assert_close(gradients, [*expected], rtol=1e-3, atol=1e-5)
+        task.save_best = task.show = lambda *arguments: None
+        fit(task, task.training, Run(None, 0, {}))
+
+
 def other_threads() -> int:  # that Python does not know
     return max(0, len(list(Path("/proc/self/task").glob("*"))) - threading.active_count())
 
@@ -165,8 +202,10 @@ def one_rank(number: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    import torch._dynamo  # the optimiser does it, and it would take each process seconds
+
     torch.set_num_threads(1)
-    for num in (2, 3):
+    for num in (2, 3, 4):
         servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
         port, *others = [str(server.getsockname()[1]) for server in servers]
         for server in servers:

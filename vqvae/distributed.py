@@ -8,7 +8,8 @@ function, in the same order.
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vqvae.errors import InputError, Interrupted
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
+Losses = dict[str, Tensor]
 
 
 class PeerLost(Exception):
@@ -78,9 +81,9 @@ def _meeting() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # all that gloo, NCCL and the store raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):  # gloo's have no type of their own
+            raise
         first_line = str(error).partition("\n")[0][:200]
         raise PeerLost(re.sub(r"\[[^]]*\] ?", "", first_line)) from None  # without places in gloo's source
 
@@ -178,7 +181,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def all_reduce_mean(mean: Tensor, num: int) -> Tensor:
     """The mean over all processes' samples, from each process's mean over its own `num` samples.
 
-    The gradient is that of the process's own mean. `sum_gradients` then adds these up to the gradient of the whole.
+    The gradient is that of the process's own mean. `backward` then adds these up to the gradient of the whole.
     The mean of an empty share is not a number, and counts as 0.
     """
     if world_size() == 1:
@@ -212,19 +215,48 @@ def broadcast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sum_gradients(model: nn.Module, weight: float) -> None:
-    """Replace every gradient by the weighted sum over the processes.
+class _Loss(nn.Module):
+    """A loss as the forward pass of a module, which is what `DistributedDataParallel` takes. It has a model's weights,
+    but not its buffers: those would be replaced by the main process's before every pass."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Losses]) -> None:
+        super().__init__()
+        self.weights, self.loss = nn.ParameterList(model.parameters()), loss
+
+    def forward(self, *batch: Tensor) -> Losses:
+        return self.loss(*batch)
+
+
+def data_parallel(model: nn.Module, loss: Callable[..., Losses]) -> Callable[..., Losses]:
+    """The same loss, after which `backward` gives the model's weights the gradients of all processes together.
+
+    They are summed in buckets, while the gradients of earlier layers are still being computed.
 
     Args:
-        weight: of this process. Its share of the batch's samples gives the gradient of the batch's mean loss.
+        model: all of its weights have a gradient in every step.
     """
     if world_size() == 1:
-        return
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:  # an empty share gives none
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]) * weight)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+        return loss
+    # The strides of a 1x1 filter and of its gradient may differ where they have no effect.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    with _meeting():
+        parallel = DistributedDataParallel(_Loss(model, loss))
+
+    def parallel_loss(*batch: Tensor) -> Losses:
+        with _meeting():
+            return parallel(*batch)
+
+    return parallel_loss
+
+
+def backward(loss: Tensor, model: nn.Module, share: float) -> None:
+    """Compute the gradients of a whole batch's mean loss.
+
+    Args:
+        loss: the mean over this process's share of the batch, by a loss from `data_parallel`.
+        share: how much of the batch that is, in 0..1.
+    """
+    if share == 0:  # the mean of nothing is not a number, but the others wait for its gradients
+        loss = torch.stack([parameter.sum() for parameter in model.parameters()]).sum()
+    with _meeting():
+        loss.backward(torch.full_like(loss, share * world_size()))  # what is summed is divided by the world's size

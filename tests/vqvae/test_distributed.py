@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from tests.helpers import FIXTURE, ROOT, run
+from tests.helpers import FIXTURE, NO_CUDA, ROOT, run
 from vqvae import distributed
 from vqvae.distributed import batch_shard, shard
 from vqvae.storage.checkpoint import load_resume_state
@@ -24,7 +24,7 @@ Found = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What tests/ranks.py finds and writes, in the folders 1, 2 and 3 by the number of processes."""
+    """What tests/ranks.py finds and writes, in the folders 1, 2, 3 and 4 by the number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, ROOT / "tests" / "ranks.py", folder]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -38,7 +38,7 @@ def alone(folder: Path) -> Found:
     return torch.load(folder / "1" / "0.pt")
 
 
-@pytest.fixture(params=[pytest.param(num, marks=pytest.mark.slow) for num in (2, 3)])
+@pytest.fixture(params=[pytest.param(num, marks=pytest.mark.slow) for num in (2, 3, 4)])
 def many(folder: Path, request: pytest.FixtureRequest) -> list[Found]:
     return [torch.load(folder / str(request.param) / f"{rank}.pt") for rank in range(request.param)]
 
@@ -66,7 +66,7 @@ def test_both_stages_come_to_the_weights_of_one_process(folder: Path, many: list
 @pytest.mark.slow
 def test_a_run_of_several_processes_goes_on_with_one(folder: Path, tmp_path: Path) -> None:
     lines = ranks.Line(), ranks.Line()
-    for num, line in zip("13", lines, strict=True):
+    for num, line in zip("14", lines, strict=True):
         shutil.copytree(folder / num / "line", tmp_path / num)
         line.run(tmp_path / num, 3, resume=True)
     torch.testing.assert_close(*(line.model.weight for line in lines), rtol=1e-9, atol=1e-9)
@@ -127,6 +127,14 @@ def test_a_process_that_dies_ends_the_others_and_the_last_save_stays(tmp_path: P
     epochs = load_resume_state(resume_file)["step"] // 14  # 440 digits in batches of 32
     assert run(*command, epochs + 1, "--resume").status == 0
     assert load_resume_state(resume_file)["step"] == 14 * (epochs + 1)
+
+
+@pytest.mark.cuda
+@NO_CUDA
+def test_nccl_sums_gradients_and_trains_on_all_devices() -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
+    program = ["--no-python", sys.executable, "-c", "from tests.ranks import one_step; one_step('cuda')"]
+    subprocess.run([sys.executable, *torchrun, *program], env=ENVIRONMENT, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 7])

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vqvae.compute import derive_seed, memory_for, multiplies_bfloat16, seed_globally, to_device
 from vqvae.console import progress, say
-from vqvae.distributed import any_rank, barrier, batch_shard, is_main, rank, sum_gradients
+from vqvae.distributed import any_rank, backward, barrier, batch_shard, data_parallel, is_main, rank
 from vqvae.errors import InputError, Interrupted
 from vqvae.storage import checkpoint
 from vqvae.storage.tensors import expect_random_reads
@@ -113,6 +113,7 @@ class _Loop:
             self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
             self.log_from, self.unlogged = state["log_from"], state["unlogged"]
             self.averager = MetricAverager(state["averages"] if is_main() else None)
+        self.loss = data_parallel(task.model, task.loss)
         self.last_losses: dict[str, float] = {}
         self.saved_step, self.saved_s = self.step, time.monotonic()
         for tensor in task.data:
@@ -179,13 +180,12 @@ class _Loop:
             seed_globally(derive_seed(self.run.seed, "step", i, rank()))  # each process has dropout of its own
         share = batch_shard(len(rows))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
-            losses = self.task.loss(*(tensor[share] for tensor in batch))
+            losses = self.loss(*(tensor[share] for tensor in batch))
         require_same_losses(self.averager.state, losses, self.resume_file)
         self.optimizer.zero_grad()
-        if (num := share.stop - share.start) > 0:  # an empty share has no loss and no gradient
-            next(iter(losses.values())).backward()
+        backward(next(iter(losses.values())), self.task.model, (num := share.stop - share.start) / len(rows))
+        if num > 0:  # an empty share has no loss
             self.averager.add(losses, num)
-        sum_gradients(self.task.model, num / len(rows))
         self.optimizer.step()
         self.step += 1
 
