@@ -10,21 +10,25 @@ about as large as those of AdamW's steps (arXiv:2502.16982, section 2.2), so one
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MOMENTUM = 0.95
+BETAS = (0.9, 0.95)  # AdamW's; the matrices move so fast that older gradients say little
 LIKE_ADAMW = 0.2
-ROWS = 64  # of a larger matrix that are made orthogonal together; the time grows with their square
+ROWS = 64  # at most, that are made orthogonal together
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # lifts singular values fast, and leaves them between 0.7 and 1.2
 NUM_STEPS = 3  # the singular values that stay small are mostly noise
 
 
 class Muon(torch.optim.AdamW):
     """Muon for the groups of parameters that are marked `orthogonal`, and AdamW for the others."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, lr=lr, betas=BETAS, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -59,12 +63,12 @@ class Muon(torch.optim.AdamW):
 def orthogonalise(stacks: list[Tensor]) -> list[Tensor]:
     """About (X X^T)^(-1/2) X, times the root of its larger side, for each matrix X of stacks (N, R, C).
 
-    Where 64 divides R, every 64 rows are a matrix of their own: the time for a matrix grows with its rows squared.
+    More than 64 rows are taken in equal parts, if there are such: the time for a matrix grows with its rows squared.
 
     A Newton-Schulz step is X <- (a + b X X^T + c (X X^T)^2) X. What stands before X is a polynomial of the first X X^T.
     So the steps are made with these small matrices alone, together for all of one size.
     """
-    parts = [stack.reshape(-1, ROWS, stack.shape[2]) if stack.shape[1] % ROWS == 0 else stack for stack in stacks]
+    parts = [_in_parts(stack) for stack in stacks]
     wide = [part if part.shape[1] <= part.shape[2] else part.mT for part in parts]
     wide = [x / (torch.linalg.matrix_norm(x, keepdim=True) + torch.finfo(x.dtype).tiny) for x in wide]
     by_size = defaultdict(list)
@@ -76,6 +80,13 @@ def orthogonalise(stacks: list[Tensor]) -> list[Tensor]:
             wide[i] = factor @ wide[i] * math.sqrt(wide[i].shape[2])
     found = [x if x.shape == part.shape else x.mT for x, part in zip(wide, parts, strict=True)]
     return [x.reshape(stack.shape) for x, stack in zip(found, stacks, strict=True)]
+
+
+def _in_parts(stack: Tensor) -> Tensor:
+    """Matrices (N, R, C) as (N P, R/P, C), for as few parts P as have at most 64 rows, or as one part."""
+    _, num_rows, num_columns = stack.shape
+    num_parts = math.ceil(num_rows / ROWS)
+    return stack.reshape(-1, num_rows // num_parts, num_columns) if num_rows % num_parts == 0 else stack
 
 
 def _newton_schulz(squares: Tensor) -> Tensor:

@@ -54,5 +54,5 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimize
         {"params": [p for p in model.parameters() if id(p) not in apart], "weight_decay": 0.0},
     ]
     groups[0]["orthogonal"] = by_muon
-    kind = Muon if by_muon else torch.optim.AdamW
-    return kind([group for group in groups if group["params"]], lr=training.lr, fused=True)
+    groups = [group for group in groups if group["params"]]
+    return Muon(groups, training.lr) if by_muon else torch.optim.AdamW(groups, training.lr, fused=True)
