@@ -26,6 +26,7 @@ from vqvae.console import be_quiet, guard_streams, progress, remark, say
 from vqvae.errors import InputError, Interrupted
 from vqvae.shell import as_typed, command_line, program, tell_version
 from vqvae.storage.shipped import RECIPES
+from vqvae.threads import choose_threads, spin_briefly
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +53,7 @@ Dataset = Annotated[str | None, Option(help="A name such as fashion-mnist, a fol
 OtherDataset = Annotated[str | None, Option("--dataset", help="As for train-vqvae [default: the model's own]")]
 ImageSize = Annotated[str | None, Option(help="Resize images to it: 32 or HEIGHTxWIDTH [default: the set's own]")]
 DataFolder = Annotated[Path, PathOption(help="Where datasets are, or are to be put.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: CUDA where there is a device.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Option(callback=choose_threads, help="auto: CUDA if there is one.")]
 Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Same seed, device and number of threads: same result.")]
 StartFrom = Annotated[Path | None, PathOption(help="Begin with these weights of the same network [default: random]")]
 Resume = Annotated[bool, Option("--resume", help="Go on with the run in the output folder.")]
@@ -371,9 +372,7 @@ def evaluate(
     data_folder: DataFolder = DATA,
     device: Device = "auto",
     seed: Seed = 0,
-    output_folder: Annotated[Path, PathOption(help="Gets report.html, metrics.json, tables, pictures.")] = Path(
-        "evaluation"
-    ),
+    output_folder: Annotated[Path, PathOption(help="Gets the report, metrics.json, pictures.")] = Path("evaluation"),
     vqvae: VQVAEFile = None,
     prior: PriorFile = None,
     classifier: Annotated[
@@ -460,6 +459,7 @@ def as_flags(message: str) -> str:
 def main() -> None:
     """Run the app. A mistake ends in one sentence and status 1 or, with its usage, 2; a signal in its usual status."""
     guard_streams()
+    spin_briefly()
     with ending(as_flags):
         try:
             if "TORCHELASTIC_RUN_ID" not in os.environ:

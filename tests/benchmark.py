@@ -23,18 +23,17 @@ from torch import Tensor
 
 from prior.codes import extract
 from prior.incremental import IncrementalLogits
-from prior.model import GatedPixelCNN, PriorConfig
+from prior.model import GatedPixelCNN
 from prior.pair import load
 from prior.sampling import plain_logits, sample_codes
-from prior.train import PriorTraining
-from tests.project import CPU, IMAGE_SHAPE, Side, StageOne, StageTwo, whole_run
+from tests.project import CPU, IMAGE_SHAPE, Side, StageOne, StageTwo, recipe_of, whole_run
+from tests.rates import beside_other_work
 from tests.reference import DATA, reference_stage_one, reference_stage_two
 from vqvae.compute import eval_mode, multiplies_bfloat16
 from vqvae.data.dataset import Split
 from vqvae.data.mnist import load_mnist
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.checkpoint import read_header
-from vqvae.storage.recipe import read_recipe, resolve
 from vqvae.storage.runs import SHIPPED, weights_file
 from vqvae.train import VQVAETraining, evaluate_vqvae, train_vqvae
 
@@ -94,12 +93,6 @@ def sampling(prior: GatedPixelCNN, num_threads: int) -> list[Row]:
         rows.append(ratio(f"sampling {batch}: plain over incremental", seconds["plain"], seconds["incremental"]))
     torch.set_num_threads(threads)
     return rows
-
-
-def recipe_of(name: str, stage: str) -> tuple[Any, Any]:
-    kinds = {"vqvae": (VQVAEConfig, VQVAETraining), "prior": (PriorConfig, PriorTraining)}
-    config, settings = resolve(kinds[stage], read_recipe(Path("configs") / f"{name}.toml", stage), {})
-    return config, settings
 
 
 def training(train: Split, vqvae: VQVAE) -> list[Row]:
@@ -196,6 +189,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine}
     for name, section in {
         "starting": starting,
+        "beside other work": lambda: beside_other_work(REPEATS),
         "sampling, one thread": lambda: sampling(prior, 1),
         "sampling": lambda: sampling(prior, torch.get_num_threads()),
         "training": lambda: training(train, vqvae),

@@ -10,6 +10,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too; nothing chooses another number
     torch.set_num_threads(1)
 
 

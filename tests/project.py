@@ -1,10 +1,11 @@
-"""The project's side of the benchmark: the training of both stages."""
+"""The project's side of the benchmarks: the training of both stages."""
 
 import io
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from prior.model import GatedPixelCNN, PriorConfig
 from prior.train import PriorTraining, drop_labels
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.predictor import CausalPredictor
+from vqvae.storage.recipe import read_recipe, resolve
 from vqvae.train import VQVAETraining, loss_terms
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
@@ -70,6 +72,13 @@ class StageTwo(Task):
 
     def evaluate(self) -> dict[str, float]:
         return {"none": 0.0}
+
+
+def recipe_of(name: str, stage: str) -> tuple[Any, Any]:
+    """A stage's network and its training, of a recipe in configs/."""
+    kinds = {"vqvae": (VQVAEConfig, VQVAETraining), "prior": (PriorConfig, PriorTraining)}
+    config, settings = resolve(kinds[stage], read_recipe(Path("configs") / f"{name}.toml", stage), {})
+    return config, settings
 
 
 def whole_run(task: Task, training: Training, seed: int = 0) -> Side:

@@ -25,8 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from prior.codes import Codes
-from tests.benchmark import recipe_of
-from tests.project import IMAGE_SHAPE, MAP_SHAPE, NUM_CLASSES, NUM_CODES, StageOne, StageTwo
+from tests.project import IMAGE_SHAPE, MAP_SHAPE, NUM_CLASSES, NUM_CODES, StageOne, StageTwo, recipe_of
 from vqvae.distributed import process_group
 from vqvae.predictor import CausalPredictor
 from vqvae.quantizer import VectorQuantizer

@@ -12,7 +12,7 @@ from tests.helpers import ROOT, SHIPPED
 
 # Every module, the lowest first. A module may import only modules that stand before it.
 RANKING = """
-    vqvae.errors vqvae.distributed vqvae.compute vqvae.console vqvae.stopping
+    vqvae.errors vqvae.distributed vqvae.compute vqvae.console vqvae.threads vqvae.stopping
     vqvae.storage vqvae.storage.shipped vqvae.shell vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
     vqvae.storage.checkpoint vqvae.storage.runs
     vqvae.data vqvae.data.dataset vqvae.data.pixels vqvae.data.idx vqvae.data.archive vqvae.data.download

@@ -5,8 +5,7 @@ a folder, a seed, and whether to resume.
 
 Everything random in a step is a function of (seed, epoch, step), and dropout also of the process's rank. The batch
 order comes from a generator of its own. The global generator (dropout, label dropout, codebook restarts) is seeded anew
-before every step. So resuming needs the step count, the weights, the optimiser's state and the averages of the epoch so
-far, and nothing else.
+before every step. So resuming needs the step count, weights, optimiser, averages so far and number of threads.
 
 Within an epoch the order is: train, evaluate, save the state, save the weights if they are the best, and only then log,
 print and draw. What was computed is on disk before anything that could fail for the sake of showing it. A run that was
@@ -260,6 +259,7 @@ class _Loop:
             "log_from": self.log_from,
             "unlogged": self.unlogged,
             "settings": dict(self.run.settings),
+            "threads": torch.get_num_threads(),
         }
         if self.run.folder is not None:
             with self.writing():

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vqvae.errors import InputError
 from vqvae.storage.checkpoint import load_resume_state
+from vqvae.threads import MOST_THREADS, go_on_with_threads
 from vqvae.training.settings import Training
 
-KEYS = {"model", "optimizer", "step", "averages", "best", "figures", "log_from", "unlogged", "settings"}
+KEYS = {"model", "optimizer", "step", "averages", "best", "figures", "log_from", "unlogged", "settings", "threads"}
 AVERAGES = {"exp_avg", "exp_avg_sq"}  # AdamW's, of a parameter's gradient and of its square
 MOMENTUM = {"momentum"}  # Muon's
 LARGEST_COUNT = 2**24  # where the optimiser's own count of steps, a float32, stops
@@ -32,7 +33,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     num_samples: int,
 ) -> dict[str, Any]:
-    """The state in a file. The weights and the optimiser's averages are put in their place.
+    """The state in a file. The weights and the optimiser's averages are put in their place, and threads set as before.
 
     Args:
         settings: those that the run is to go on with.
@@ -64,6 +65,9 @@ def load_state(
         _require(_are_scalars(figures), "figures that are none")
         _require(not figures or (position == 0 and best in figures.values()), "figures of another epoch")
         _check_log(state["log_from"], state["unlogged"], step, epoch_steps)
+        _require(
+            _is_count(state["threads"], 1) and state["threads"] <= MOST_THREADS, "a number of threads that is none"
+        )
     except _Foreign as found:
         raise InputError(f"expected this run's state in {file}, found {found}; {ANEW}") from None
     if step > training.num_epochs * epoch_steps:
@@ -76,6 +80,7 @@ def load_state(
         for name in names & state["optimizer"].get(i, {}).keys():  # two tensors of a file may share their memory
             state["optimizer"][i][name] = torch.empty_like(parameter).copy_(state["optimizer"][i][name])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
+    go_on_with_threads(state["threads"])
     return state
 
 
