@@ -26,6 +26,7 @@ from prior.incremental import IncrementalLogits
 from prior.model import GatedPixelCNN
 from prior.pair import load
 from prior.sampling import plain_logits, sample_codes
+from tests.before import COMMIT, since_before
 from tests.project import CPU, IMAGE_SHAPE, Side, StageOne, StageTwo, recipe_of, whole_run
 from tests.rates import beside_other_work
 from tests.reference import DATA, reference_stage_one, reference_stage_two
@@ -159,6 +160,10 @@ def first_images(config: VQVAEConfig, settings: VQVAETraining, images: Tensor, s
     return task.vqvae, whole_run(task, one_epoch, seed)
 
 
+def recipe_since_before() -> list[Row]:
+    return [ratio(what, before, now) for what, (before, now) in since_before(DATA, REPEATS).items()]
+
+
 def starting() -> list[Row]:
     """Seconds of a new process, imports included; the files that it reads are in the system's cache."""
     pair = ["--vqvae", str(weights_file(SHIPPED, "vqvae")), "--prior", str(weights_file(SHIPPED, "prior"))]
@@ -189,6 +194,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine}
     for name, section in {
         "starting": starting,
+        f"the default recipe: commit {COMMIT} over now": recipe_since_before,
         "beside other work": lambda: beside_other_work(REPEATS),
         "sampling, one thread": lambda: sampling(prior, 1),
         "sampling": lambda: sampling(prior, torch.get_num_threads()),
