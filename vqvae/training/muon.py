@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.95
-BETAS = (0.9, 0.95)  # AdamW's; the matrices move so fast that older gradients say little
+BETAS = (0.9, 0.99)  # of AdamW; the matrices change fast, and older gradients say little
 LIKE_ADAMW = 0.2
 ROWS = 64  # at most, that are made orthogonal together
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # lifts singular values fast, and leaves them between 0.7 and 1.2

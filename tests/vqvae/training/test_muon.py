@@ -46,7 +46,7 @@ def test_matrices_take_muons_step_and_all_else_adamws(weight_decay: float) -> No
     training = Training(lr=0.02, optimizer="muon", weight_decay=weight_decay)
     optimizer, adamw = (
         make_optimizer(model, training),
-        torch.optim.AdamW(others, lr=0.02, betas=(0.9, 0.95), weight_decay=0),
+        torch.optim.AdamW(others, lr=0.02, betas=(0.9, 0.99), weight_decay=0),
     )
     momenta = dict.fromkeys(weights, 0.0)
     for _ in range(4):
