@@ -2,7 +2,7 @@
 share.
 
 Threads meet after every product, and the first to come spins until the last is there. If another program has the last
-one's core, all wait for their turn: on 2 cores one busy program made a step 5 times slower. So the threads of the
+one's core, all wait for their turn: on 2 cores one busy program made a step 4 times slower. So the threads of the
 command line spin for a short time only, and there are fewer of them where cores are busy. A program that uses this
 package as a library sets its own threads.
 """
