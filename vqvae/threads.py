@@ -16,7 +16,6 @@ FIXED_BY = "OMP_NUM_THREADS"  # the variable by which the user, or torchrun, fix
 TURNS = 2  # for each number that is tried
 ALL_TURNS_S = 0.14
 CLEARLY = 1.1  # a number must be so many times as fast in every turn
-MOST_THREADS = 4096
 
 
 def spin_briefly() -> None:

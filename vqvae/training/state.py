@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqvae.errors import InputError
 from vqvae.storage.checkpoint import load_resume_state
-from vqvae.threads import MOST_THREADS, go_on_with_threads
+from vqvae.threads import go_on_with_threads
 from vqvae.training.settings import Training
 
 KEYS = {"model", "optimizer", "step", "averages", "best", "figures", "log_from", "unlogged", "settings", "threads"}
@@ -65,9 +65,7 @@ def load_state(
         _require(_are_scalars(figures), "figures that are none")
         _require(not figures or (position == 0 and best in figures.values()), "figures of another epoch")
         _check_log(state["log_from"], state["unlogged"], step, epoch_steps)
-        _require(
-            _is_count(state["threads"], 1) and state["threads"] <= MOST_THREADS, "a number of threads that is none"
-        )
+        _require(_is_count(state["threads"], 1), "a number of threads that is none")
     except _Foreign as found:
         raise InputError(f"expected this run's state in {file}, found {found}; {ANEW}") from None
     if step > training.num_epochs * epoch_steps:
