@@ -17,7 +17,7 @@ from prior.train import PriorTraining, drop_labels
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.predictor import CausalPredictor
 from vqvae.storage.recipe import read_recipe, resolve
-from vqvae.train import VQVAETraining, loss_terms
+from vqvae.train import VQVAETraining, loss_terms, slow_down_codes
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
 
@@ -46,6 +46,9 @@ class StageOne(Task):
         if training.prediction_weight > 0:
             self.predictor = CausalPredictor(config.code_dim, self.vqvae.map_shape)
         self.model = nn.ModuleList([m for m in (self.vqvae, self.predictor) if m is not None])
+
+    def before_step(self, progress: float) -> None:
+        slow_down_codes(self.vqvae, self.training, progress)
 
     def loss(self, *batch: Tensor) -> dict[str, Tensor]:
         return loss_terms(self.vqvae, batch[0], self.training, self.predictor)[0]

@@ -26,12 +26,13 @@ from vqvae.storage.runs import run_lock, weights_file
 from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.loop import Run, Task, fit
-from vqvae.training.settings import Training
+from vqvae.training.settings import Training, decline
 from vqvae.training.start import require_kept, require_same_network
 
 EVALUATION_BATCH = 500
 HARDLY_USED = 1 / 20  # the share of a codebook below which its perplexity is remarked on
 NUM_SHOWN = 100
+SLOWEST_CODES = 0.05  # how fast they move at the end of a run, as a share of how fast at first
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,17 @@ def loss_terms(
         terms["prediction"] = training.prediction_weight * predictor.fraction_unexplained(z_e, z_q)
     total = sum(terms.values(), torch.zeros((), device=x.device))
     return {"total": total, **terms}, to_unit_range(x_hat), indices
+
+
+def slow_down_codes(model: VQVAE, training: VQVAETraining, progress: float) -> None:
+    """Let an EMA codebook average over more batches as the learning rate declines.
+
+    Codes that follow a fast encoder are averages of few vectors, and so noisy. In the end the encoder hardly moves.
+
+    Args:
+        progress: of the run, in 0..1.
+    """
+    model.quantizer.decay = 1 - (1 - model.config.ema_decay) * max(decline(training, progress), SLOWEST_CODES)
 
 
 def evaluate_vqvae(
@@ -139,6 +151,9 @@ class VQVAETask(Task):
         if training.prediction_weight > 0:
             self.predictor = CausalPredictor(config.code_dim, self.vqvae.map_shape).to(device)
         self.model = nn.ModuleList([m for m in (self.vqvae, self.predictor) if m is not None])
+
+    def before_step(self, progress: float) -> None:
+        slow_down_codes(self.vqvae, self.training, progress)
 
     def loss(self, *batch: Tensor) -> dict[str, Tensor]:
         (images,) = batch

@@ -29,7 +29,7 @@ from vqvae.model import VQVAE, VQVAEConfig, VQVAEOutput, load_vqvae
 from vqvae.predictor import CausalPredictor
 from vqvae.storage import checkpoint
 from vqvae.storage.recipe import resolve
-from vqvae.train import VQVAETask, VQVAETraining, evaluate_vqvae, loss_terms, summarise, train_vqvae
+from vqvae.train import SLOWEST_CODES, VQVAETask, VQVAETraining, evaluate_vqvae, loss_terms, summarise, train_vqvae
 from vqvae.training import loop
 from vqvae.training.loop import Run, fit
 
@@ -155,6 +155,23 @@ def test_training_lowers_the_error_and_writes_what_it_was(finished: Finished) ->
     # The checkpoint is without the predictor, which only resuming needs.
     assert model.state_dict().keys() == VQVAE(CONFIG, (1, 28, 28)).state_dict().keys()
     assert any(name.startswith("1.above") for name in resume_state(folder)["model"])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one-cycle"])
+def test_codes_average_over_more_batches_as_the_learning_rate_declines(
+    tmp_path: Path, monkeypatch: Patch, schedule: Any
+) -> None:
+    shares, update = [], quantizer.VectorQuantizer._update
+
+    def watched(layer: quantizer.VectorQuantizer, *arguments: Any) -> None:
+        shares.append((1 - layer.decay) / (1 - CONFIG.ema_decay))
+        update(layer, *arguments)
+
+    monkeypatch.setattr(quantizer.VectorQuantizer, "_update", watched)
+    run(tmp_path, num_epochs=1, schedule=schedule, warmup=2 / STEPS)
+    fallen = [0.5 * (1 + np.cos(np.pi * i / 5)) for i in range(5)]  # in the five steps that follow the warm-up
+    expected = [1, 1, *np.maximum(fallen, SLOWEST_CODES)] if schedule == "one-cycle" else [1] * STEPS
+    assert shares == pytest.approx(expected)
 
 
 def test_only_the_best_weights_see_the_test_split_and_only_at_the_end(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -1,17 +1,15 @@
 """The training loop of every network here. It knows neither codes nor pixels.
 
-A task says what is trained: a model, its data, its loss, its evaluation and what to show. A run says where and how:
-a folder, a seed, and whether to resume.
+A task says what is trained: a model, data, a loss, an evaluation and what to show. A run says where and how: a folder,
+a seed, and whether to resume. Under torchrun every process has all the data and takes its share of each batch.
 
 Everything random in a step is a function of (seed, epoch, step), and dropout also of the process's rank. The batch
-order comes from a generator of its own. The global generator (dropout, label dropout, codebook restarts) is seeded anew
+order comes from a generator of its own. The global one (dropout, label dropout, codebook restarts) is seeded anew
 before every step. So resuming needs the step count, weights, optimiser, averages so far and number of threads.
 
 Within an epoch the order is: train, evaluate, save the state, save the weights if they are the best, and only then log,
 print and draw. What was computed is on disk before anything that could fail for the sake of showing it. A run that was
 killed between the two saves makes up for the second when it is resumed. Before its first save a run writes nothing.
-
-Under torchrun every process has all the data and takes its share of each batch (vqvae/distributed.py).
 """
 
 import math
@@ -50,6 +48,9 @@ class Task:
     unit: str  # what a sample is: "images" or "maps"; the log names the speed by it
     best_by: str  # the validation figure whose lowest value is the best
 
+    def before_step(self, progress: float) -> None:
+        """Called before each step, with the share of the run that is done, in 0..1."""
+
     def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """What happens to a whole batch before the processes take their shares of it."""
         return batch
@@ -63,8 +64,7 @@ class Task:
         raise NotImplementedError
 
     def save_best(self, figures: dict[str, float]) -> None:
-        """Keep the weights. Called after every epoch that is the best so far, with its figures. A run that is resumed
-        right after such an epoch calls it once more, with the same weights and figures."""
+        """Keep the weights. Called after every epoch that is the best so far, and once more if resumed right there."""
 
     def show(self, log: RunLog, epoch: int, step: int) -> None:
         """Log pictures. Called with the numbers of finished epochs and steps, when everything is saved."""
@@ -168,21 +168,22 @@ class _Loop:
 
     def take_step(self, order: Tensor) -> None:
         """Take one step on the next batch of the epoch's order."""
-        i, batch_size = self.step, self.training.batch_size
+        i, batch_size, done = self.step, self.training.batch_size, self.step / self.total_steps
         seed_globally(derive_seed(self.run.seed, "step", i))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, i / self.total_steps)
-        start = (i % self.epoch_steps) * batch_size
-        rows = order[start : start + batch_size]
+            group["lr"] = learning_rate(self.training, done)
+        self.task.before_step(done)
+        rows = order[i % self.epoch_steps * batch_size :][:batch_size]
         batch = self.task.prepare(*(to_device(tensor[rows], self.device) for tensor in self.task.data))
         if rank() > 0:
             seed_globally(derive_seed(self.run.seed, "step", i, rank()))  # each process has dropout of its own
         share = batch_shard(len(rows))
+        num = share.stop - share.start
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
             losses = self.loss(*(tensor[share] for tensor in batch))
         require_same_losses(self.averager.state, losses, self.resume_file)
         self.optimizer.zero_grad()
-        backward(next(iter(losses.values())), self.task.model, (num := share.stop - share.start) / len(rows))
+        backward(next(iter(losses.values())), self.task.model, num / len(rows))
         if num > 0:  # an empty share has no loss
             self.averager.add(losses, num)
         self.optimizer.step()
@@ -205,8 +206,7 @@ class _Loop:
         self.averager = MetricAverager()
         self.save()
         self.save_best()
-        line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.publish(f"epoch {epoch + 1}: {line}")
+        self.publish(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def publish(self, line: str = "") -> None:
         """Log what waits for it, print a line, and draw at the end of an epoch. Before the first save all waits."""

@@ -34,11 +34,16 @@ class Training:
 
 def learning_rate(training: Training, progress: float) -> float:
     """The rate at `progress` in 0..1 of the run: constant, or a linear rise and then half a cosine down to 0."""
-    if training.schedule == "constant":
-        return training.lr
-    if progress < training.warmup:
+    if training.schedule == "one-cycle" and progress < training.warmup:
         return training.lr * progress / training.warmup
-    return training.lr * 0.5 * (1 + math.cos(math.pi * (progress - training.warmup) / (1 - training.warmup)))
+    return training.lr * decline(training, progress)
+
+
+def decline(training: Training, progress: float) -> float:
+    """The learning rate as a share of its peak, in 0..1. During the warm-up, which leads there, it is 1."""
+    if training.schedule == "constant" or progress < training.warmup:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - training.warmup) / (1 - training.warmup)))
 
 
 def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
