@@ -24,7 +24,7 @@ from vqvae.training import loop
 
 MOMENTS = random.Random(1)
 RECIPE = (ROOT / "configs" / "mnist.toml").read_text()  # the default, made small
-RECIPE = RECIPE.replace("width = 64", "width = 8").replace("width = 48", "dropout = 0.1\nwidth = 8")
+RECIPE = RECIPE.replace("width = 64", "width = 8").replace("width = 40", "dropout = 0.1\nwidth = 8")
 SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM]
 RUNS = {
     f"{name} {stage}": sent for name, sent in (("straight", []), ("halted", SIGNALS)) for stage in ("vqvae", "prior")
