@@ -68,7 +68,7 @@ class StageTwo(Task):
         self.model = GatedPixelCNN(config, NUM_CODES, MAP_SHAPE, NUM_CLASSES)
 
     def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        return batch[0], drop_labels(batch[1], self.training.label_dropout, NUM_CLASSES)
+        return batch[0].long(), drop_labels(batch[1], self.training.label_dropout, NUM_CLASSES)
 
     def loss(self, *batch: Tensor) -> dict[str, Tensor]:
         return {"nats_per_code": nats_per_code(self.model, *batch)}
