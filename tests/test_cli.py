@@ -288,7 +288,7 @@ def test_each_flag_of_a_training_command_arrives_over_the_recipe_and_the_recipe_
     for flag, switched in {"--resume": "resume", "--overwrite": "overwrite", "--no-download": "download"}.items():
         assert arguments_of(function, command, flag)[1] == {**default, switched: not default[switched]}
     recipes = {"": ROOT / "configs" / "mnist.toml", "--config smoke.toml": Path("smoke.toml")}
-    given = {"batch_size": ("--batch-size", 7), "num_epochs": ("--num-epochs", 3), "lr": ("--lr", 0.001)}
+    given = {"batch_size": ("--batch-size", 7), "num_epochs": ("--num-epochs", 9), "lr": ("--lr", 0.001)}
     if command == "train-vqvae":
         given |= {"code_dim": ("--hidden-size", 6), "num_codes": ("--k", 8), "beta": ("--beta", 0.7)}
     for option, recipe in recipes.items() if command != "train-classifier" else [("", None)]:
