@@ -1,6 +1,7 @@
 """Splits by content, and the files that a user's images are made into."""
 
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_of_two_that_prepare_a_set_at_once_the_second_waits_for_the_first(
 
     def slow() -> Iterator[tuple[int, Tensor]]:
         started.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
         yield from images()
 
     made.images = slow  # type: ignore[method-assign]
@@ -215,6 +216,7 @@ def test_of_two_that_prepare_a_set_at_once_the_second_waits_for_the_first(
     threads[1].start()
     while "another process" not in capsys.readouterr().err:
         assert threads[1].is_alive()
+        time.sleep(0.01)  # a loop without rest would keep the other threads from their turns
     go_on.set()
     for thread in threads:
         thread.join()
