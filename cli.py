@@ -99,10 +99,11 @@ def train_vqvae(
     quiet: Quiet = False,
 ) -> None:
     from vqvae.data.load import DatasetChoice
+    from vqvae.loss import VQVAETraining
     from vqvae.model import VQVAEConfig
     from vqvae.storage.recipe import read_recipe, resolve
     from vqvae.storage.runs import folder_for, relative
-    from vqvae.train import VQVAETraining, summarise, train_vqvae
+    from vqvae.train import summarise, train_vqvae
 
     flags: dict[str, Any] = {"code_dim": code_dim, "num_codes": num_codes, "beta": beta, "lr": lr}
     flags |= {"batch_size": batch_size, "num_epochs": num_epochs, "dataset": dataset, "image_size": image_size}

@@ -37,10 +37,12 @@ class PriorConfig:
     width: int = 64  # channels of each stack
     num_layers: int | None = None  # None: as many as a position needs to see all codes before it
     dropout: float = 0.0
+    deformed_share: float = 0.0  # of each training batch; over 0, deformed images have labels of their own
 
     def __post_init__(self) -> None:
         require_range("width", self.width, 1, 2048)
         require_range("dropout", self.dropout, 0, 0.9)
+        require_range("deformed_share", self.deformed_share, 0, 0.9)
         if self.num_layers is not None:
             require_range("num_layers", self.num_layers, 1, 256)
 
@@ -115,7 +117,8 @@ class GatedPixelCNN(nn.Module):
         config: the network.
         num_codes: K of the VQ-VAE.
         map_shape: (H, W) of its code maps.
-        num_classes: labels are 0..num_classes - 1, and num_classes (`no_label`) means that the label is not told.
+        num_classes: labels are 0..num_classes - 1, and num_classes (`no_label`) means that the label is not told. If
+            the network learns from deformed images too, `deformed` is added to the labels of those.
     Raises:
         InputError: too few layers for each position to see all codes before it.
     """
@@ -131,9 +134,12 @@ class GatedPixelCNN(nn.Module):
             )
         self.config, self.num_codes, self.map_shape = config, num_codes, map_shape
         self.num_classes = self.no_label = num_classes
+        self.deformed = num_labels = num_classes + 1
+        if config.deformed_share > 0:
+            num_labels *= 2
         width = config.width
         self.embedding = nn.Embedding(num_codes, width)
-        self.layers = nn.ModuleList(GatedLayer(width, config.dropout, num_classes + 1) for _ in range(num_layers))
+        self.layers = nn.ModuleList(GatedLayer(width, config.dropout, num_labels) for _ in range(num_layers))
         self.head = nn.Sequential(
             nn.ReLU(), nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, num_codes, 1)
         )

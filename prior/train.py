@@ -13,11 +13,13 @@ from prior.independent import baselines
 from prior.likelihood import maps_at_once, nats_per_code
 from prior.maps import draw_maps
 from prior.model import GatedPixelCNN, PriorConfig, layers_needed, load_prior
-from vqvae.codec import decode_images
+from vqvae.codec import decode_images, encode_images
 from vqvae.compute import derive_seed, eval_mode, in_batches, pick_device, require_memory_to_train, require_whole
 from vqvae.console import remark
 from vqvae.data.dataset import Dataset, DatasetInfo, require_same_kind
+from vqvae.data.deform import deform
 from vqvae.data.load import load_like
+from vqvae.data.pixels import to_model_range
 from vqvae.distributed import main_first, shard
 from vqvae.model import VQVAE, load_vqvae
 from vqvae.pictures import COLUMNS, grid
@@ -34,6 +36,7 @@ from vqvae.training.state import require_same_settings
 
 SHOW_EVERY = 4  # epochs between sample grids
 NUM_SHOWN = 100
+LESS = 0.5  # images are deformed half as far as a classifier's, which leaves them closer to those that are drawn
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ class PriorTask(Task):
         self.training, self.info, self.path, self.seed = training, dataset.info, path, seed
         self.vqvae, self.vqvae_fingerprint = vqvae, vqvae_header.fingerprint
         self.settings = run_settings(config, training, dataset, vqvae_header, seed, start)
-        self.data, self.validation = tuple(train), validation
+        self.data, self.validation, self.deformation = tuple(train), validation, dataset.deformation.scaled(LESS)
+        if config.deformed_share > 0:
+            self.data += (dataset.train.images,)
         num_codes = vqvae.config.num_codes
         self.baselines = baselines(train, validation, num_codes)
         torch.manual_seed(seed)
@@ -117,8 +122,14 @@ class PriorTask(Task):
         self.model = self.prior
 
     def prepare(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        indices, labels = batch
-        return indices.long(), drop_labels(labels, self.training.label_dropout, self.prior.no_label)
+        """Some maps are replaced by those of deformed images. Their labels say so (DistAug, ICML 2020)."""
+        indices, labels, *images = batch
+        indices, labels = indices.long(), drop_labels(labels, self.training.label_dropout, self.prior.no_label)
+        if images:
+            some = slice(round(self.prior.config.deformed_share * len(indices)))  # the order of a batch is random
+            indices[some] = encode_images(self.vqvae, deform(to_model_range(images[0][some]), self.deformation))
+            labels[some] += self.prior.deformed
+        return indices, labels
 
     def loss(self, *batch: Tensor) -> dict[str, Tensor]:
         indices, labels = batch
@@ -140,7 +151,7 @@ class PriorTask(Task):
         )
 
     def show(self, log: RunLog, epoch: int, step: int) -> None:
-        indices, labels = self.data
+        indices, labels, *_ = self.data
         if epoch == 1:
             example = (indices[:1].to(self.prior.device).long(), labels[:1].to(self.prior.device))
             with eval_mode(self.prior):
@@ -230,16 +241,22 @@ def load_start(
     require_kept(file, weights)
     header, shapes = checkpoint.read_header(file, "prior"), checkpoint.read_shapes(file, "prior")
     learned = from_dict(DatasetInfo, header.data)
+    learned_config = from_dict(PriorConfig, header.config)
     found = {  # what the header does not say is read off the weights
         "image_shape": learned.image_shape,
         "num_classes": learned.num_classes,
         "num_codes": (shapes.get("embedding.weight") or (0,))[0],
-        "width": from_dict(PriorConfig, header.config).width,
+        "width": learned_config.width,
+        "deformed": learned_config.deformed_share > 0,
         "num_layers": sum(name.endswith(".label.weight") for name in shapes),
     }
     num_codes, num_layers = vqvae.config.num_codes, config.num_layers or layers_needed(vqvae.map_shape)
     expected = {"image_shape": info.image_shape, "num_classes": info.num_classes, "num_codes": num_codes}
-    require_same_network(file, found, {**expected, "width": config.width, "num_layers": num_layers})
+    require_same_network(
+        file,
+        found,
+        {**expected, "width": config.width, "deformed": config.deformed_share > 0, "num_layers": num_layers},
+    )
 
     def build(header: Header) -> GatedPixelCNN:
         return GatedPixelCNN(config, num_codes, vqvae.map_shape, info.num_classes)

@@ -33,10 +33,11 @@ from tests.reference import DATA, reference_stage_one, reference_stage_two
 from vqvae.compute import eval_mode, multiplies_bfloat16
 from vqvae.data.dataset import Split
 from vqvae.data.mnist import load_mnist
+from vqvae.loss import VQVAETraining, evaluate_vqvae
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.checkpoint import read_header
 from vqvae.storage.runs import SHIPPED, weights_file
-from vqvae.train import VQVAETraining, evaluate_vqvae, train_vqvae
+from vqvae.train import train_vqvae
 
 REPEATS = 3
 STEPS = 11  # repeats of what takes well under a second

@@ -14,10 +14,11 @@ from prior.codes import Codes
 from prior.likelihood import nats_per_code
 from prior.model import GatedPixelCNN, PriorConfig
 from prior.train import PriorTraining, drop_labels
+from vqvae.loss import VQVAETraining, loss_terms
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.predictor import CausalPredictor
 from vqvae.storage.recipe import read_recipe, resolve
-from vqvae.train import VQVAETraining, loss_terms, slow_down_codes
+from vqvae.train import slow_down_codes
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
 

@@ -38,11 +38,12 @@ from vqvae.distributed import (
     world_size,
 )
 from vqvae.errors import InputError, Interrupted
+from vqvae.loss import VQVAETraining, evaluate_vqvae
 from vqvae.model import VQVAEConfig
 from vqvae.predictor import CausalPredictor
 from vqvae.quantizer import VectorQuantizer
 from vqvae.storage.checkpoint import Header
-from vqvae.train import VQVAETask, VQVAETraining, evaluate_vqvae
+from vqvae.train import VQVAETask
 from vqvae.training.averages import MetricAverager
 from vqvae.training.loop import Run, Task, fit
 from vqvae.training.settings import Training
@@ -110,7 +111,7 @@ def figures_and_samples() -> dict[str, Any]:
     vqvae, prior, split, averager = make_vqvae(), make_prior(), make_split(100), MetricAverager()
     for value in [1e16, 1, -1e16, 1, 1e16, 1, -1e16][batch_shard(7)]:
         averager.add({"x": torch.tensor(value, dtype=torch.float64)}, 1)
-    with patch("vqvae.train.EVALUATION_BATCH", 30), patch("prior.likelihood.BATCH", 30):
+    with patch("vqvae.loss.EVALUATION_BATCH", 30), patch("prior.likelihood.BATCH", 30):
         figures = evaluate_vqvae(vqvae, split, VQVAETraining()), evaluate_prior(prior, extract(vqvae, split))
     generator, labels = torch.Generator().manual_seed(1), torch.arange(13) % 10
     torch.manual_seed(2)

@@ -28,11 +28,11 @@ from prior.train import PriorTraining
 from tests.helpers import CPU, ROOT, make_codes, make_info, make_prior, make_split, make_vqvae, save_model
 from vqvae.data.dataset import digest
 from vqvae.errors import InputError
+from vqvae.loss import VQVAETraining
 from vqvae.model import VQVAEConfig, load_vqvae
 from vqvae.storage.checkpoint import fingerprint, load_resume_state, save_resume_state
 from vqvae.storage.recipe import read_recipe, resolve
 from vqvae.storage.tensors import Streamed, write_streamed
-from vqvae.train import VQVAETraining
 
 KINDS = ("vqvae", "prior", "resume", "recipe", "codes")
 SHAPE = (1, 8, 8)

@@ -15,12 +15,13 @@ RANKING = """
     vqvae.errors vqvae.distributed vqvae.compute vqvae.console vqvae.threads vqvae.stopping
     vqvae.storage vqvae.storage.shipped vqvae.shell vqvae.storage.files vqvae.storage.recipe vqvae.storage.tensors
     vqvae.storage.checkpoint vqvae.storage.runs
-    vqvae.data vqvae.data.dataset vqvae.data.pixels vqvae.data.idx vqvae.data.archive vqvae.data.download
+    vqvae.data vqvae.data.deform vqvae.data.dataset vqvae.data.pixels vqvae.data.idx vqvae.data.archive
+    vqvae.data.download
     vqvae.data.mnist vqvae.data.torchvision_sets vqvae.data.images vqvae.data.prepared vqvae.data.folder
     vqvae.data.arrays vqvae.data.load vqvae.data.chosen vqvae.pictures vqvae.output
     vqvae.training vqvae.training.muon vqvae.training.settings vqvae.training.signals vqvae.training.averages
     vqvae.training.logs vqvae.training.state vqvae.training.start vqvae.training.loop
-    vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.train vqvae
+    vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.loss vqvae.train vqvae
     prior.kernels prior.model prior.incremental prior.sampling prior.labels
     prior.codes prior.independent prior.likelihood prior.maps prior.pair prior.completions prior.scores prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     import torch
 
     from vqvae.errors import InputError
+    from vqvae.loss import VQVAETraining
     from vqvae.model import VQVAE, VQVAEConfig
     from vqvae.quantizer import VectorQuantizer
-    from vqvae.train import VQVAETraining, train_vqvae
+    from vqvae.train import train_vqvae
 
 __all__ = ["VQVAE", "InputError", "VQVAEConfig", "VQVAETraining", "VectorQuantizer", "load", "train_vqvae"]
 
@@ -24,7 +25,7 @@ _MODULES = {
     "VQVAE": "vqvae.model",
     "InputError": "vqvae.errors",
     "VQVAEConfig": "vqvae.model",
-    "VQVAETraining": "vqvae.train",
+    "VQVAETraining": "vqvae.loss",
     "VectorQuantizer": "vqvae.quantizer",
     "train_vqvae": "vqvae.train",
 }

@@ -41,11 +41,14 @@ class VQVAEConfig:
     codebook_learning: CodebookLearning = "gradient"
     ema_decay: float = 0.99  # of an EMA codebook
     downsampling: int = 4  # image side over code-map side, 4 or 8
+    decoder_width: int | None = None  # `width` of the decoder; None: the same
 
     def __post_init__(self) -> None:
         require_range("code_dim", self.code_dim, 1, 1024)
         require_range("num_codes", self.num_codes, 2, 32767)  # code maps are stored as int16
         require_range("width", self.width, 4, 2048)
+        if self.decoder_width is not None:
+            require_range("decoder_width", self.decoder_width, 4, 2048)
         require_range("num_encoder_blocks", self.num_encoder_blocks, 0, 64)
         require_range("num_decoder_blocks", self.num_decoder_blocks, 0, 64)
         require_range("ema_decay", self.ema_decay, 0, 0.99999)
@@ -96,7 +99,7 @@ class Decoder(nn.Sequential):
     """z_q (B, D, H, W) to x_hat (B, C, S, T), unbounded."""
 
     def __init__(self, config: VQVAEConfig, num_channels: int) -> None:
-        width, num_levels = config.width, NUM_LEVELS[config.downsampling]
+        width, num_levels = config.decoder_width or config.width, NUM_LEVELS[config.downsampling]
         widths = [width, *[width // 2] * (num_levels - 2), width // 4, num_channels]
         super().__init__(
             nn.Conv2d(config.code_dim, width, 3, padding=1),

@@ -1,81 +1,33 @@
-"""Stage one: its loss, its evaluation, its training task."""
+"""Stage one: its training task, and the whole training. The loss is `loss.loss_terms`."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.codec import reconstruct_images
-from vqvae.compute import eval_mode, images_at_once, in_batches, pick_device, require_memory_to_train, require_whole
+from vqvae.compute import eval_mode, pick_device, require_memory_to_train, require_whole
 from vqvae.console import remark
-from vqvae.data.dataset import Dataset, DatasetInfo, Split
+from vqvae.data.dataset import Dataset, DatasetInfo
 from vqvae.data.load import load_dataset
-from vqvae.data.pixels import pixel_errors, to_model_range, to_unit_range, unit_images
-from vqvae.distributed import all_reduce_sum, main_first, shard
+from vqvae.data.pixels import to_model_range, unit_images
+from vqvae.distributed import main_first
 from vqvae.errors import InputError
+from vqvae.loss import VQVAETraining, evaluate_vqvae, loss_terms
 from vqvae.model import VQVAE, VQVAEConfig, load_vqvae, map_shape_of
 from vqvae.pictures import grid
 from vqvae.predictor import CausalPredictor
-from vqvae.quantizer import codes_used, count_codes, perplexity
 from vqvae.storage import checkpoint
-from vqvae.storage.recipe import require_range
 from vqvae.storage.runs import run_lock, weights_file
-from vqvae.training.averages import MetricAverager
 from vqvae.training.logs import RunLog
 from vqvae.training.loop import Run, Task, fit
-from vqvae.training.settings import Training, decline
+from vqvae.training.settings import decline
 from vqvae.training.start import require_kept, require_same_network
 
-EVALUATION_BATCH = 500
 HARDLY_USED = 1 / 20  # the share of a codebook below which its perplexity is remarked on
 NUM_SHOWN = 100
-SLOWEST_CODES = 0.05  # how fast they move at the end of a run, as a share of how fast at first
-
-
-@dataclass(frozen=True)
-class VQVAETraining(Training):
-    """How stage one is trained. The defaults are the baseline recipe's."""
-
-    beta: float = 1.0  # weight of the commitment term
-    clipped_loss: bool = False  # no reconstruction error where clipping the output to 0..1 removes it
-    prediction_weight: float = 0.0  # of the prediction term (vqvae/predictor.py); 0 leaves it out
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range("beta", self.beta, 0.1, 2.0)
-        require_range("prediction_weight", self.prediction_weight, 0, 10)
-
-
-def loss_terms(
-    model: VQVAE, images: Tensor, training: VQVAETraining, predictor: CausalPredictor | None = None
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The three terms of eq. 3 (arXiv:1711.00937), the prediction term, and their sum.
-
-    Args:
-        images: (B, C, S, T) uint8.
-        predictor: None leaves its term out.
-    Returns:
-        the terms as scalars, each a mean over elements and over the batch, the sum first under "total"; the
-        reconstructions (B, C, S, T) in 0..1; the indices (B, H, W).
-    """
-    x = to_model_range(images)
-    x_hat, z_e, z_q, indices, codebook_loss, commitment_loss = model(x)
-    x_hat, target = x_hat.float(), x
-    if training.clipped_loss:
-        # A pixel that is pure black or white, and that the model draws purer still, is right once it is clipped.
-        target = torch.where(x_hat.clamp(-1, 1) == x, x_hat.detach(), x)
-    terms = {
-        "reconstruction": F.mse_loss(x_hat, target),
-        "codebook": codebook_loss,
-        "commitment": training.beta * commitment_loss,
-    }
-    if predictor is not None:
-        terms["prediction"] = training.prediction_weight * predictor.fraction_unexplained(z_e, z_q)
-    total = sum(terms.values(), torch.zeros((), device=x.device))
-    return {"total": total, **terms}, to_unit_range(x_hat), indices
 
 
 def slow_down_codes(model: VQVAE, training: VQVAETraining, progress: float) -> None:
@@ -86,33 +38,7 @@ def slow_down_codes(model: VQVAE, training: VQVAETraining, progress: float) -> N
     Args:
         progress: of the run, in 0..1.
     """
-    model.quantizer.decay = 1 - (1 - model.config.ema_decay) * max(decline(training, progress), SLOWEST_CODES)
-
-
-def evaluate_vqvae(
-    model: VQVAE, split: Split, training: VQVAETraining, predictor: CausalPredictor | None = None
-) -> dict[str, float]:
-    """Figures of a whole split.
-
-    Returns:
-        the loss terms; `squared_error` and `psnr_db` of pixels in 0..1, means over images; `perplexity` and
-        `codes_used`, from counts over the whole split.
-    Raises:
-        InputError: there are no images.
-    """
-    if len(split.labels) == 0:
-        raise InputError("expected at least one image to evaluate, found none; choose another split")
-    averager, num_codes = MetricAverager(), model.config.num_codes
-    counts = torch.zeros(num_codes, dtype=torch.int64, device=model.device)
-    with eval_mode(*(network for network in (model, predictor) if network is not None)):
-        for rows in shard(in_batches(len(split.labels), images_at_once(EVALUATION_BATCH, model.image_shape))):
-            images = split.images[rows].to(model.device)
-            terms, x_hat, indices = loss_terms(model, images, training, predictor)
-            error, psnr = pixel_errors(x_hat, unit_images(images))
-            averager.add({**terms, "squared_error": error.mean(), "psnr_db": psnr.mean()}, len(images))
-            counts += count_codes(indices, num_codes)
-    counts = all_reduce_sum(counts)
-    return {**averager.averages(), "perplexity": perplexity(counts), "codes_used": codes_used(counts)}
+    model.quantizer.decay = 1 - (1 - model.config.ema_decay) * max(decline(training, progress), training.slowest_codes)
 
 
 class VQVAETask(Task):
@@ -143,14 +69,21 @@ class VQVAETask(Task):
         torch.manual_seed(seed)
         self.data, self.validation = (dataset.train.images,), dataset.validation
         self.vqvae = VQVAE(config, dataset.info.image_shape).to(device).to(memory_format=torch.channels_last)
-        if start:
+        learning: list[nn.Module] = [self.vqvae]
+        if start and training.decoder_only:
+            self.vqvae.encoder.load_state_dict(start[0].encoder.state_dict())
+            self.vqvae.quantizer.load_state_dict(start[0].quantizer.state_dict())
+            self.vqvae.eval().requires_grad_(False)  # so that an EMA codebook stays, too
+            learning = [self.vqvae.decoder.requires_grad_()]
+        elif start:
             self.vqvae.load_state_dict(start[0].state_dict())  # with the codebook, which does not start from k-means
             batch_size = min(training.batch_size, len(dataset.train.images))
             self.vqvae.quantizer.scale_averages(batch_size * math.prod(self.vqvae.map_shape))
         self.predictor: CausalPredictor | None = None
         if training.prediction_weight > 0:
             self.predictor = CausalPredictor(config.code_dim, self.vqvae.map_shape).to(device)
-        self.model = nn.ModuleList([m for m in (self.vqvae, self.predictor) if m is not None])
+            learning.append(self.predictor)
+        self.model = nn.ModuleList(learning)
 
     def before_step(self, progress: float) -> None:
         slow_down_codes(self.vqvae, self.training, progress)
@@ -218,7 +151,9 @@ def train_vqvae(
         data = load_dataset(dataset, data_folder, image_size=image_size, download=download)
     require_enough_images(len(data.train.labels), data.info.image_shape, config)
     require_memory_to_train(lambda: VQVAE(config, data.info.image_shape), config.width)
-    start = None if start_from is None else load_start(start_from, path, config, data.info)
+    start = None if start_from is None else load_start(start_from, path, config, data.info, training.decoder_only)
+    if start is None and training.decoder_only:
+        raise InputError("expected weights to start from with `decoder_only`, found none; name them by `start_from`")
     with run_lock(output_folder, "vqvae", resume=resume, overwrite=overwrite):
         task = VQVAETask(config, training, data, path, where, seed, start)
         fit(task, training, Run(output_folder / "vqvae", seed, task.settings, resume))
@@ -229,19 +164,25 @@ def train_vqvae(
     return figures
 
 
-def load_start(file: Path, weights: Path, config: VQVAEConfig, info: DatasetInfo) -> tuple[VQVAE, str]:
+def load_start(
+    file: Path, weights: Path, config: VQVAEConfig, info: DatasetInfo, decoder_only: bool
+) -> tuple[VQVAE, str]:
     """The model to begin a training with, and its fingerprint.
 
     Args:
         file: its checkpoint.
         weights: the file that the run writes.
         config, info: what is to be trained, and on which data.
+        decoder_only: the decoder may be another one.
     Raises:
         InputError: the checkpoint is missing or damaged, it is of another network, or the run would replace it.
     """
 
     def shaped_by(config: VQVAEConfig, image_shape: tuple[int, int, int]) -> dict[str, object]:
-        return {"image_shape": image_shape, **asdict(replace(config, ema_decay=0))}  # which changes no shape
+        config = replace(config, ema_decay=0)  # which changes no shape
+        if decoder_only:
+            config = replace(config, num_decoder_blocks=0, decoder_width=None)
+        return {"image_shape": image_shape, **asdict(config)}
 
     require_kept(file, weights)
     model, header = load_vqvae(file, torch.device("cpu"))

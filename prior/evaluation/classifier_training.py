@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prior.evaluation.classifier import EVALUATION_BATCH, Classifier, ClassifierConfig, load_classifier
 from vqvae.compute import eval_mode, images_at_once, in_batches, pick_device
-from vqvae.data.dataset import Dataset, DatasetInfo, Deformation, Split
+from vqvae.data.dataset import Dataset, DatasetInfo, Split
+from vqvae.data.deform import Deformation, deform
 from vqvae.data.load import load_dataset
 from vqvae.data.pixels import to_model_range
 from vqvae.distributed import require_one_process
@@ -32,26 +33,6 @@ class ClassifierTraining(Training):
     lr: float = 4e-3
     schedule: Literal["constant", "one-cycle"] = "one-cycle"
     weight_decay: float = 0.01
-
-
-def augment(x: Tensor, deformation: Deformation) -> Tensor:
-    """Images (B, C, H, W) in -1..1, each rotated, scaled, shifted and perhaps mirrored. What comes in from outside is
-    -1, black.
-
-    The amounts come from the global generator, separately for each image.
-    """
-
-    def draw(most: float) -> Tensor:
-        return torch.empty(len(x), device=x.device).uniform_(-most, most)
-
-    angle, scale = draw(deformation.rotation), 1 + draw(deformation.scaling)
-    cosine, sine = scale * angle.cos(), scale * angle.sin()
-    shift = deformation.shift
-    rows = [torch.stack([cosine, -sine, draw(shift)], 1), torch.stack([sine, cosine, draw(shift)], 1)]
-    if deformation.flips:
-        rows[0] = rows[0] * draw(1).sign()[:, None]
-    positions = F.affine_grid(torch.stack(rows, dim=1), list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, positions, align_corners=False) - 1  # grid_sample fills with 0, which becomes -1
 
 
 def evaluate_classifier(model: Classifier, split: Split) -> dict[str, float]:
@@ -80,7 +61,7 @@ class ClassifierTask(Task):
     def loss(self, *batch: Tensor) -> dict[str, Tensor]:
         """Mean cross-entropy in nats of images (B, C, H, W) uint8 under their labels (B,)."""
         images, labels = batch
-        return {"cross_entropy": F.cross_entropy(self.model(augment(to_model_range(images), self.deformation)), labels)}
+        return {"cross_entropy": F.cross_entropy(self.model(deform(to_model_range(images), self.deformation)), labels)}
 
     def evaluate(self) -> dict[str, float]:
         return evaluate_classifier(self.model, self.validation)

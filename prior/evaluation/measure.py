@@ -40,11 +40,11 @@ from vqvae.console import progress, say
 from vqvae.data.dataset import Dataset, DatasetInfo, Split, require_same_kind
 from vqvae.distributed import main_first
 from vqvae.errors import InputError
+from vqvae.loss import VQVAETraining, evaluate_vqvae
 from vqvae.model import VQVAE
 from vqvae.quantizer import count_codes
 from vqvae.storage.checkpoint import Header
 from vqvae.storage.recipe import from_dict
-from vqvae.train import VQVAETraining, evaluate_vqvae
 
 FEWEST_IMAGES = 100  # with fewer, the figures say nothing
 

@@ -17,8 +17,10 @@ from prior.model import GatedPixelCNN, PriorConfig, load_prior
 from prior.pair import load
 from prior.train import PriorTask, PriorTraining, drop_labels, evaluate_prior, summarise, train_prior
 from tests.helpers import CPU, FIXTURE, make_codes, make_dataset, make_prior, make_split, make_vqvae, mnist, save_model
+from vqvae.codec import encode_images
 from vqvae.compute import derive_seed
 from vqvae.data.dataset import Dataset
+from vqvae.data.pixels import to_model_range
 from vqvae.errors import InputError
 from vqvae.model import load_vqvae
 from vqvae.storage import checkpoint
@@ -40,10 +42,10 @@ def train(vqvae: Path, folder: Path, num_epochs: int, **options: Any) -> dict[st
     return train_prior(PriorConfig(width=4, dropout=0.1), training, output_folder=folder, **common, **options)
 
 
-def make_task(path: Path, dataset: Dataset, training: PriorTraining) -> PriorTask:
+def make_task(path: Path, dataset: Dataset, training: PriorTraining, **network: float) -> PriorTask:
     vqvae, header = load_vqvae(save_vqvae(path, dataset), CPU)
     train, validation = extract(vqvae, dataset.train), extract(vqvae, dataset.validation)
-    prior_file, config = path / "prior.safetensors", PriorConfig(width=4)
+    prior_file, config = path / "prior.safetensors", PriorConfig(width=4, **network)
     return PriorTask(config, training, dataset, train, validation, vqvae, header, prior_file, seed=3)
 
 
@@ -91,6 +93,23 @@ def test_labels_are_dropped_at_a_rate_between_0_and_1_and_otherwise_kept() -> No
     for share in (-0.1, 1.1):
         with pytest.raises(InputError, match=f"`label_dropout` between 0 and 1, found {share}"):
             PriorTraining(label_dropout=share)
+
+
+def test_a_share_of_each_batch_is_deformed_and_its_labels_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(40, num_classes=3)
+    monkeypatch.setattr(prior.train, "deform", lambda x, deformation: -x)  # stands in, and shows that it was asked
+    task = make_task(tmp_path, dataset, PriorTraining(label_dropout=0), deformed_share=0.3)
+    indices, labels, images = (tensor[:20] for tensor in task.data)
+    found, found_labels = task.prepare(indices, labels, images)
+    assert torch.equal(found[:6], encode_images(task.vqvae, -to_model_range(images[:6])))
+    assert torch.equal(found[6:], indices[6:].long())
+    assert torch.equal(found_labels, labels + 4 * (torch.arange(20) < 6))  # of three classes and none
+    task.model.eval()
+    logits, of_deformed = (task.prior(found, found_labels % 4 + told) for told in (0, 4))
+    assert (logits - of_deformed).abs().max() > 1e-3
+    fit(task, PriorTraining(num_epochs=1), Run(None, 0, task.settings))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])

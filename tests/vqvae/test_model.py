@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from tests.helpers import CPU, both_ways, devices, make_info, make_split, make_vqvae, save_model
 from vqvae.data.pixels import to_model_range
 from vqvae.errors import InputError
+from vqvae.loss import VQVAETraining, loss_terms
 from vqvae.model import VQVAE, ResidualBlock, VQVAEConfig, load_vqvae
 from vqvae.quantizer import VectorQuantizer
-from vqvae.train import VQVAETraining, loss_terms
 
 
 def make_varied(

@@ -4,8 +4,8 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers import make_split, make_vqvae
+from vqvae.loss import VQVAETraining, loss_terms
 from vqvae.predictor import CausalPredictor
-from vqvae.train import VQVAETraining, loss_terms
 
 
 def make_predictor(map_shape: tuple[int, int] = (7, 7)) -> CausalPredictor:

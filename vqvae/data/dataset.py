@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqvae.data.deform import ANY_KIND, Deformation
 from vqvae.errors import InputError
 from vqvae.storage.recipe import require_range
 from vqvae.storage.tensors import checksum
@@ -76,20 +77,6 @@ class Split(NamedTuple):
     def first(self, num: int) -> "Split":
         """The first `num` images and labels, or all of them if there are fewer."""
         return Split(self.images[:num], self.labels[:num])
-
-
-class Deformation(NamedTuple):
-    """How far an image may be deformed and still show the same. A classifier learns from images that are deformed so;
-    each amount is drawn uniformly up to the one that stands here. The default is for images of any kind.
-    """
-
-    rotation: float = 0.0  # radians
-    scaling: float = 0.1  # share of the size
-    shift: float = 0.1  # share of half the image's side
-    flips: bool = False  # left and right, half of the images
-
-
-ANY_KIND = Deformation()
 
 
 @dataclass(frozen=True)

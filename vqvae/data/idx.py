@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqvae.data.dataset import Deformation
+from vqvae.data.deform import Deformation
 from vqvae.errors import InputError, MissingFileError
 from vqvae.storage.files import open_checked, read_at_most
 

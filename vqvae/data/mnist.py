@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Deformation, Split, from_memory
+from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Split, from_memory
+from vqvae.data.deform import Deformation
 from vqvae.data.download import fetch, missing_files
 from vqvae.data.idx import FILES, IdxSet, is_original, read_arrays, read_sums
 from vqvae.errors import InputError

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Deformation, Split, from_memory
+from vqvae.data.dataset import VALIDATION_SHARE, Dataset, Split, from_memory
+from vqvae.data.deform import Deformation
 from vqvae.data.download import TIMEOUT_S, writing
 from vqvae.data.idx import IdxSet, exists
 from vqvae.data.mnist import HANDWRITING, load_mnist

@@ -22,8 +22,8 @@ from tests.prior.evaluation.test_comparison import SHAPES
 from tests.prior.evaluation.test_sets import seeded
 from vqvae.data.dataset import DatasetInfo, Split
 from vqvae.errors import InputError
+from vqvae.loss import VQVAETraining, evaluate_vqvae
 from vqvae.quantizer import count_codes
-from vqvae.train import VQVAETraining, evaluate_vqvae
 
 DIGITS = mnist().validation.first(30)
 BLENDS = DIGITS.images // 2 + DIGITS.images.roll(1, 0) // 2

@@ -10,9 +10,9 @@ from tests.helpers import ROOT
 from vqvae.data.dataset import DatasetInfo
 from vqvae.data.load import DatasetChoice
 from vqvae.errors import InputError, MissingFileError
+from vqvae.loss import VQVAETraining
 from vqvae.model import VQVAEConfig
 from vqvae.storage.recipe import MAX_RECIPE, from_dict, read_recipe, require_range, resolve
-from vqvae.train import VQVAETraining
 
 VQVAE, PRIOR = (VQVAEConfig, VQVAETraining, DatasetChoice), (PriorConfig, PriorTraining)
 UTF = ("utf-16", "utf-16-le", "utf-16-be", "utf-32")

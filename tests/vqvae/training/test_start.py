@@ -13,9 +13,10 @@ from prior.model import GatedPixelCNN, PriorConfig
 from prior.train import PriorTask, PriorTraining, train_prior
 from tests.helpers import CPU, make_dataset, make_info, make_prior, make_vqvae, save_model
 from vqvae.errors import InputError
+from vqvae.loss import VQVAETraining, evaluate_vqvae
 from vqvae.model import VQVAE, load_vqvae
 from vqvae.storage import checkpoint
-from vqvae.train import VQVAETask, VQVAETraining, train_vqvae
+from vqvae.train import VQVAETask, train_vqvae
 
 DATA = make_dataset(60, (1, 16, 16), 3)
 PRIOR = PriorConfig(width=8, num_layers=4)
@@ -68,6 +69,26 @@ def test_stage_one_begins_with_the_weights_and_the_codebook_of_the_file(
     assert header.recipe["start_from"] == checkpoint.read_header(tmp_path / "start", "vqvae").fingerprint
 
 
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_a_new_decoder_learns_from_codes_that_stay(learning: str, train: dict[str, Any], tmp_path: Path) -> None:
+    start = save_vqvae(tmp_path / "start", codebook_learning=learning)
+    config = replace(start.config, num_decoder_blocks=2, decoder_width=12)
+    training = VQVAETraining(batch_size=40, num_epochs=1, lr=1e-2, weight_decay=0.1, decoder_only=True)
+    run = partial(train_vqvae, config, **train["vqvae"].keywords)
+    with pytest.raises(InputError, match=r"weights to start from with `decoder_only`, found none; .* `start_from`$"):
+        run(training)
+    run(training, start_from=tmp_path / "start")
+    run(replace(training, num_epochs=3), start_from=tmp_path / "start", resume=True)
+    found, _ = load_vqvae(tmp_path / "run" / "vqvae.safetensors", CPU)
+    for part in ("encoder", "quantizer"):
+        assert_close(getattr(found, part).state_dict(), getattr(start, part).state_dict(), rtol=0, atol=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        untrained = VQVAE(config, DATA.info.image_shape)
+    errors = [evaluate_vqvae(model, DATA.train, training)["squared_error"] for model in (found, untrained)]
+    assert errors[0] < errors[1]
+
+
 def test_stage_two_begins_with_the_weights_of_the_file_whosever_codes_it_learned(
     train: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -106,6 +127,7 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("vqvae", "downsampling = 4, found downsampling = 8", {"downsampling": 8}),
     ("vqvae", r"image_shape = \(1, 16, 16\), found image_shape = \(1, 16, 20\)", {"image_shape": (1, 16, 20)}),
     ("prior", "width = 8, found width = 6", {"width": 6}),
+    ("prior", "deformed = False, found deformed = True", {"deformed_share": 0.5}),
     ("prior", "num_layers = 4, found num_layers = 5", {"num_layers": 5}),
     ("prior", "num_codes = 16, found num_codes = 17", {"num_codes": 17}),
     ("prior", "num_classes = 3, found num_classes = 0", {"num_classes": 0}),
