@@ -98,9 +98,8 @@ def train_vqvae(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
+    from vqvae import VQVAEConfig, VQVAETraining
     from vqvae.data.load import DatasetChoice
-    from vqvae.loss import VQVAETraining
-    from vqvae.model import VQVAEConfig
     from vqvae.storage.recipe import read_recipe, resolve
     from vqvae.storage.runs import folder_for, relative
     from vqvae.train import summarise, train_vqvae

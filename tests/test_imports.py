@@ -82,7 +82,7 @@ def test_mnists_numbers_stand_in_one_file() -> None:
     assert with_its_side == {"vqvae.data.mnist"}
     with_its_classes = {module for module, source in SOURCES.items() if 10 in numbers_in(source)}
     # Elsewhere 10 counts columns of a grid, steps of k-means, decibels and epochs.
-    others = {"vqvae.pictures", "vqvae.data.pixels", "vqvae.quantizer", "vqvae.train", "vqvae.training.settings"}
+    others = {"vqvae.pictures", "vqvae.data.pixels", "vqvae.quantizer", "vqvae.loss", "vqvae.training.settings"}
     assert with_its_classes == {"vqvae.data.mnist"} | others
 
 

@@ -16,7 +16,7 @@ import threading, time
 from pathlib import Path
 from prior.codes import extract_cached
 from tests.helpers import CPU
-from vqvae import VQVAEConfig, VQVAETraining, codec, train, train_vqvae
+from vqvae import VQVAEConfig, VQVAETraining, codec, loss, train_vqvae
 from vqvae.data.load import load_dataset
 from vqvae.model import load_vqvae
 
@@ -24,7 +24,7 @@ def watch():
     while not done.wait(0.01):
         used.append(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")))
 
-train.EVALUATION_BATCH = codec.BATCH = 16  # what is passed at once is the same for all numbers of images
+loss.EVALUATION_BATCH = codec.BATCH = 16  # what is passed at once is the same for all numbers of images
 used, done = [], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
