@@ -145,6 +145,8 @@ def train_vqvae(
             they are too few for its codes.
         Interrupted: a signal came; the run is saved.
     """
+    if start_from is None and training.decoder_only:
+        raise InputError("expected weights to start from with `decoder_only`, found none; name them by `start_from`")
     seed = require_whole("seed", seed, 0)
     path, where = weights_file(output_folder, "vqvae"), pick_device(device)
     with main_first():
@@ -152,8 +154,6 @@ def train_vqvae(
     require_enough_images(len(data.train.labels), data.info.image_shape, config)
     require_memory_to_train(lambda: VQVAE(config, data.info.image_shape), config.width)
     start = None if start_from is None else load_start(start_from, path, config, data.info, training.decoder_only)
-    if start is None and training.decoder_only:
-        raise InputError("expected weights to start from with `decoder_only`, found none; name them by `start_from`")
     with run_lock(output_folder, "vqvae", resume=resume, overwrite=overwrite):
         task = VQVAETask(config, training, data, path, where, seed, start)
         fit(task, training, Run(output_folder / "vqvae", seed, task.settings, resume))

@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 class Deformation(NamedTuple):
-    """How far an image may be deformed and still show the same. A classifier learns from images that are deformed so;
-    each amount is drawn uniformly up to the one that stands here. The default is for images of any kind.
+    """How far an image may be deformed and still show the same. A classifier learns from images that are deformed so,
+    and a prior from some that are deformed less. Each amount is drawn uniformly up to the one that stands here. The
+    default is for images of any kind.
     """
 
     rotation: float = 0.0  # radians
