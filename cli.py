@@ -404,6 +404,23 @@ def evaluate(
     say(f"\nwrote {output_folder / 'report.html'}, and beside it metrics.json, the tables and the pictures")
 
 
+@app.command(help="Write encoder, decoder and the prior's logits for other programs, checked against the weights.")
+def export(
+    format: Annotated[Literal["onnx", "torch"], Option(help="For onnxruntime, or for torch.export.load.")] = "onnx",
+    output: Annotated[Path, PathOption(help="A new folder, which gets the networks and a README.")] = Path("exported"),
+    vqvae: VQVAEFile = None,
+    prior: PriorFile = None,
+    quiet: Quiet = False,
+) -> None:
+    from prior.export import export_pair
+
+    pair = _load_pair(vqvae, prior, "cpu", None)
+    with progress(3, "network", doing=format) as bar:
+        differences = export_pair(pair, output, format, bar.update)
+    found = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
+    say(f"largest difference from the weights: {found}\nwrote {output}")
+
+
 def _load_vqvae(vqvae: File, device: str, output: Path, dataset: str | None = None, images: File = None) -> Any:
     """Stage one and the facts about its data, after a check that the output takes the place of no image."""
     from vqvae.compute import pick_device

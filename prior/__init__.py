@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prior.export import export_pair
     from prior.model import GatedPixelCNN, PriorConfig
     from prior.pair import Pair, Samples, load
     from prior.train import PriorTraining, train_prior
 
-__all__ = ["GatedPixelCNN", "Pair", "PriorConfig", "PriorTraining", "Samples", "load", "train_prior"]
+__all__ = ["GatedPixelCNN", "Pair", "PriorConfig", "PriorTraining", "Samples", "export_pair", "load", "train_prior"]
 
 # Each name is imported when it is first used, so that importing the package takes no time.
 _MODULES = {
@@ -22,6 +23,7 @@ _MODULES = {
     "PriorConfig": "prior.model",
     "PriorTraining": "prior.train",
     "Samples": "prior.pair",
+    "export_pair": "prior.export",
     "load": "prior.pair",
     "train_prior": "prior.train",
 }

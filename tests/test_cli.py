@@ -205,6 +205,24 @@ def test_the_comparison_prints_a_row_for_each_mode_and_writes_a_picture_or_array
         assert file["images"].shape == (6 * 30, 1, 28, 28)
 
 
+def test_an_export_tells_how_much_it_differs_and_is_refused_where_one_is_or_where_the_extra_is_missing(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    weights, place = ("--vqvae", VQVAE, "--prior", PRIOR), tmp_path / "my export"
+    result = succeed("export", "--format", "torch", "--output", place, *weights)
+    assert re.search(
+        r"^largest difference from the weights: encoder 0, decoder \S+e-\d\d, prior \S+e-\d\d$", result.stdout, re.M
+    )
+    assert result.stdout.splitlines()[-1] == f"wrote {place}"
+    networks = {f"{name}.pt2" for name in ("encoder", "decoder", "prior")}
+    assert files_in(place).keys() == {*networks, "README.md", "about.json", "sample.py"}
+    refuse(
+        "export", *weights, "--format", "torch", "--output", place, saying="expected a new folder as --output, found"
+    )
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    refuse("export", *weights, saying=["found no onnx; install them with: pip install ", "[export]"])
+
+
 def test_the_command_printed_after_the_classifier_measures(trained: tuple[Result, ...], tmp_path: Path) -> None:
     place = tmp_path / "new" / "folder"
     options = ["--num-samples", 100, "--output-folder", place, "--device", "cpu"]
