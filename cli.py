@@ -221,9 +221,9 @@ def sample(
     output = output or Path(f"{mode}.gif" if gif else f"{mode}.png")
     shown: dict[str, Any] = {}
     if mode == "gaussian":
-        check_output(output)
         from vqvae.gaussian import draw_gaussian
 
+        check_output(output)
         model, _ = _load_vqvae(vqvae, device, output)
         arrays = draw_gaussian(model, gaussian_input or "latent", num_samples, seed)
     else:
@@ -417,7 +417,7 @@ def evaluate(
 
 @app.command(help="Draw the training curves of runs as one picture, in which several runs lie over one another.")
 def plot(
-    runs: Annotated[list[Path], Argument(parser=path, metavar="RUN...", help="Output folders of trainings.")],
+    runs: Annotated[list[Path], Argument(parser=path, metavar="RUN", help="Output folders of trainings.")],
     output: Annotated[Path, PathOption(help="A .png file.")] = Path("plot.png"),
     quiet: Quiet = False,
 ) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
@@ -16,9 +17,9 @@ from vqvae.training.history import NAME, read_history
 
 STAGES = ("vqvae", "prior", "classifier")  # from top to bottom
 STYLES: dict[str, dict[str, Any]] = {  # of a figure's curves, by what its name in the log ends in
-    "train_step": {"alpha": 0.4, "linewidth": 0.8},
-    "train": {"linestyle": "--", "linewidth": 1.2},
-    "validation": {"linewidth": 1.8, "marker": "."},
+    "train_step": {"alpha": 0.4, "linewidth": 0.8, "marker": ","},  # markers, because the first value has no line
+    "train": {"linestyle": "--", "linewidth": 1.2, "marker": "."},
+    "validation": {"linewidth": 1.8, "marker": "o", "markersize": 4},
 }
 MOST_COLUMNS = 4
 Rows = list[dict[str, float]]
@@ -28,21 +29,21 @@ class Panel(NamedTuple):
     """A figure that is worth looking at."""
 
     axis: str  # what it is, and its unit
-    scale: str = "linear"
+    log: bool = False  # its scale, where all values are above 0
     baseline: str = ""  # a figure to compare it with
 
 
 PANELS = {
-    "total": Panel("loss, sum of its terms", "log"),
-    "reconstruction": Panel("reconstruction loss, pixels in -1..1", "log"),
-    "commitment": Panel("commitment loss", "log"),
-    "prediction": Panel("prediction loss", "log"),
+    "total": Panel("loss, sum of its terms", log=True),
+    "reconstruction": Panel("reconstruction loss, pixels in -1..1", log=True),
+    "commitment": Panel("commitment loss", log=True),
+    "prediction": Panel("prediction loss", log=True),
     "psnr_db": Panel("PSNR, dB"),
     "perplexity": Panel("perplexity, codes"),
     "codes_used": Panel("different codes used"),
-    "nats_per_code": Panel("nats per code", "log", baseline="unigram"),
-    "cross_entropy": Panel("cross-entropy, nats", "log"),
-    "error": Panel("share of wrong classes", "log"),
+    "nats_per_code": Panel("nats per code", log=True, baseline="unigram"),
+    "cross_entropy": Panel("cross-entropy, nats", log=True),
+    "error": Panel("share of wrong classes", log=True),
 }
 
 
@@ -101,7 +102,7 @@ def _num_rows(figures: Sequence[str]) -> int:
 def _draw_stage(part: SubFigure, figures: Sequence[str], runs: dict[str, Rows]) -> None:
     """A panel for each figure, and below them a flat one for the learning rate."""
     num_rows = _num_rows(figures)
-    columns = -(-len(figures) // num_rows)
+    columns = max(-(-len(figures) // num_rows), 1)
     grid = part.add_gridspec(num_rows + 1, columns, height_ratios=[1.0] * num_rows + [0.3])
     for number, figure in enumerate(figures):
         panel = part.add_subplot(grid[number // columns, number % columns])
@@ -123,7 +124,7 @@ def _draw_stage(part: SubFigure, figures: Sequence[str], runs: dict[str, Rows]) 
 
 def _draw_panel(panel: Axes, figure: str, runs: dict[str, Rows]) -> None:
     """The curves of a figure. The legend has each run's last value on validation."""
-    axis, scale, baseline = PANELS[figure]
+    axis, log, baseline = PANELS[figure]
     for color, (name, rows) in zip(_colors(runs), runs.items(), strict=True):
         for split, style in STYLES.items():
             panel.plot(*_curve(rows, f"{figure}/{split}"), color=color, **style)
@@ -133,8 +134,9 @@ def _draw_panel(panel: Axes, figure: str, runs: dict[str, Rows]) -> None:
     baselines = (_curve(rows, f"{baseline}/validation")[1][-1:] for rows in runs.values())
     for value in sorted({value for values in baselines for value in values}):
         panel.axhline(value, color="black", linestyle=":", label=f"{baseline}: {value:.4g}")
-    panel.set(xlabel="step", ylabel=axis, yscale=scale)
-    if scale == "log":
+    panel.set(xlabel="step", ylabel=axis)
+    if log and all((np.asarray(line.get_ydata()) > 0).all() for line in panel.get_lines()):
+        panel.set_yscale("log")
         panel.yaxis.set_major_formatter(LogFormatter())
         panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     panel.grid(alpha=0.3)

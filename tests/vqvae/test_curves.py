@@ -41,12 +41,9 @@ def drawn(output: Path, *runs: Path, monkeypatch: Patch) -> dict[str, Axes]:
 def curves(panel: Axes, color: str) -> dict[str, tuple[list[float], list[float]]]:
     """The curves of a run in a panel, by what sets them apart."""
     lines = [line for line in panel.get_lines() if line.get_color() == color and len(line.get_xdata()) > 0]
-    by_style = {("-", None): "step", ("--", None): "train", ("-", "."): "validation"}
+    names = {("-", ","): "step", ("--", "."): "train", ("-", "o"): "validation"}
     return {
-        by_style[line.get_linestyle(), {"None": None}.get(line.get_marker(), line.get_marker())]: (
-            list(line.get_xdata()),
-            list(line.get_ydata()),
-        )
+        names[line.get_linestyle(), line.get_marker()]: (list(line.get_xdata()), list(line.get_ydata()))
         for line in lines
     }
 
@@ -77,6 +74,14 @@ def test_a_run_that_still_goes_on_is_drawn_before_its_first_validation(tmp_path:
     assert curves(loss, "C0") == {"step": ([50, 100], [2.0, 1.0])}
     assert loss.get_yscale() == "log"
     assert [text.get_text() for text in loss.get_legend().get_texts()] == [str(run)]
+
+
+def test_figures_of_0_and_logs_without_a_known_figure_are_drawn_too(tmp_path: Path, monkeypatch: Patch) -> None:
+    run = log(tmp_path / "run" / "classifier", *({"step": step, "error/validation": 0.0} for step in (1, 2)))
+    log(run / "vqvae", {"step": 1, "lr": 0.1})
+    panels = drawn(tmp_path / "plot.png", run, monkeypatch=monkeypatch)
+    assert panels["share of wrong classes"].get_yscale() == "linear"
+    assert list(panels) == ["learning rate", "share of wrong classes"]
 
 
 def test_a_folder_without_a_log_is_refused_in_a_sentence_and_nothing_is_written(tmp_path: Path) -> None:

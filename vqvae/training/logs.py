@@ -55,8 +55,10 @@ class RunLog:
             if first_step > 0:  # TensorBoard hides what the older files have of this step and later
                 self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)), part)
         if first_step == 0:
-            self._add(Event(summary=summary.text("recipe", as_markdown(settings))))
-            _, start, _ = summary.hparams({name: value for name, value in settings.items() if value is not None}, {})
+            given = {name: value for name, value in settings.items() if value is not None}
+            self._add(Event(summary=summary.text("recipe", as_markdown(given))))
+            # Only these. A list of figures would be taken for that of all runs; without one TensorBoard finds them all.
+            _, start, _ = summary.hparams(given, {})
             self._add(Event(summary=start))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -99,7 +101,7 @@ class RunLog:
 
 def as_markdown(settings: Mapping[str, Any]) -> str:
     """Settings as a recipe has them, and the version of the code, in a block of code."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items() if value is not None]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     return "\n".join(["```toml", f"# {PACKAGE} {version()}", *lines, "```"])
 
 
