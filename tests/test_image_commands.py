@@ -105,18 +105,18 @@ def test_reconstruct_writes_arrays_and_says_what_is_lost(
 
 def test_a_few_originals_stand_above_their_reconstructions_too(pair: Pair, tmp_path: Path) -> None:
     succeed("reconstruct", "--num-images", 3, "--output", tmp_path / "r.png")
-    assert size(tmp_path / "r.png") == (4 + 3 * 60, 4 + 2 * 58)
+    assert size(tmp_path / "r.png") == (4 + 3 * 60, 4 + 2 * 59)
     expected = to_bytes(reconstruct(pair.vqvae, TEST[:3])["reconstructions"])
     with Image.open(tmp_path / "r.png") as picture:
         found = torch.from_numpy(np.array(picture))[4::2, 4::2, 0]
     for i in range(3):
         assert torch.equal(found[:28, 30 * i : 30 * i + 28], TEST[i, 0])
-        assert torch.equal(found[28:56, 30 * i : 30 * i + 28], expected[i, 0])
+        assert torch.equal(found[29:57, 30 * i : 30 * i + 28], expected[i, 0])
 
 
 def test_reconstruct_draws_pairs_in_one_picture(tmp_path: Path) -> None:
     succeed("reconstruct", "--output", tmp_path / "r.png")
-    assert size(tmp_path / "r.png") == (604, 2 * (2 + 10 * 58))  # 100 pairs, twice as large
+    assert size(tmp_path / "r.png") == (604, 2 * (2 + 10 * 59))  # 100 pairs, twice as large
     assert [path.name for path in tmp_path.iterdir()] == ["r.png"]
     with Image.open(tmp_path / "r.png") as picture:
         first = np.asarray(picture)[4:60, 4:60, 0]

@@ -33,14 +33,14 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     """
     # torchvision's make_grid does the same, but its import takes a second of the start of `sample`.
     columns = min(len(images), columns or columns_for(len(images)))
-    scale, num_missing = _scale(images), -len(images) % columns
+    scale, num_missing, grey = _scale(images), -len(images) % columns, round(GREY * 255)
     cells = to_bytes(images.cpu())
-    if cells.ndim == 5:
-        cells = rearrange(cells, "n part c h w -> n c (part h) w")
+    if cells.ndim == 5:  # with a line of one pixel between two parts
+        cells = rearrange(F.pad(cells, (0, 0, 1, 0), value=grey), "n part c h w -> n c (part h) w")[:, :, 1:]
     height, width = (side + PADDING for side in cells.shape[2:])
-    cells = F.pad(cells, (PADDING, 0, PADDING, 0, 0, 0, 0, num_missing), value=round(GREY * 255))
+    cells = F.pad(cells, (PADDING, 0, PADDING, 0, 0, 0, 0, num_missing), value=grey)
     picture = rearrange(cells, "(row column) c h w -> c (row h) (column w)", column=columns)
-    picture = F.pad(picture, (0, PADDING, 0, PADDING), value=round(GREY * 255))
+    picture = F.pad(picture, (0, PADDING, 0, PADDING), value=grey)
     if num_missing:
         picture[:, -height:, -num_missing * width :] = 255
     # Each pixel becomes a square of pixels.
