@@ -58,6 +58,7 @@ def test_runs_lie_over_one_another_with_train_and_validation_told_apart_and_the_
     panels = drawn(tmp_path / "plot.png", first, second, monkeypatch=monkeypatch)
     assert list(panels) == ["PSNR, dB", "learning rate", "nats per code"]
     nats = panels["nats per code"]
+    assert (nats.get_yscale(), panels["PSNR, dB"].get_yscale()) == ("log", "linear")
     one, other = curves(nats, "C0"), curves(nats, "C1")
     assert one == {"step": ([5], [6.0]), "train": ([10, 20], [4.0, 3.5]), "validation": ([10, 20], [3.0, 2.5])}
     assert other == {"train": ([10], [4.5]), "validation": ([10], [3.5])}

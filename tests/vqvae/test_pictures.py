@@ -57,7 +57,10 @@ def test_images_of_one_place_stand_one_above_the_other(image_shape: tuple[int, .
 
 @pytest.mark.parametrize(
     ("num", "cycle", "columns"),
-    [(100, 1, 10), (7, 1, 7), (13, 1, 7), (101, 1, 6), (12, 1, 6), (23, 1, 8), (100, 10, 10), (99, 3, 9), (100, 3, 6)],
+    [
+        *((100, 1, 10), (7, 1, 7), (13, 1, 7), (101, 1, 6), (12, 1, 6), (23, 1, 8)),
+        *((100, 10, 10), (99, 3, 9), (100, 3, 6), (100, 6, 6), (12, 4, 8), (100, 26, 10)),
+    ],
 )
 def test_a_grid_has_columns_for_images_that_repeat_and_few_empty_places(num: int, cycle: int, columns: int) -> None:
     assert columns_for(num, cycle) == columns
