@@ -20,7 +20,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from vqvae.console import be_quiet, guard_streams, progress, remark, say
 from vqvae.errors import InputError, Interrupted
@@ -200,40 +200,49 @@ def sample(
     top_p: TopP = None,
     seed: Seed = 0,
     device: Device = "auto",
-    output: Annotated[Path | None, PathOption(help=".png for a grid, .npz for arrays [default: <mode>.png]")] = None,
+    gif: Annotated[bool, Option("--gif", help="Show how they are drawn, code by code, in <mode>.gif.")] = False,
+    output: Annotated[
+        Path | None, PathOption(help=".png, .npz, or .gif or .webp for the drawing [default: <mode>.png]")
+    ] = None,
     vqvae: VQVAEFile = None,
     prior: PriorFile = None,
     quiet: Quiet = False,
 ) -> None:
     options: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    of_the_prior = {"label": label, "labels": labels, **options, "prior": prior}
+    of_the_prior = {"label": label, "labels": labels, **options, "gif": gif or None, "prior": prior}
     for name, value in of_the_prior.items() if mode == "gaussian" else [("gaussian_input", gaussian_input)]:
         if value is not None:
             raise InputError(f"expected no `{name}` with `mode={mode}`, found {value}; leave it out or change the mode")
     if label is not None and labels is not None:
         raise InputError("expected `label` or `labels`, found both; give one of them")
 
-    from vqvae.output import check_output, save_images
+    from vqvae.output import ANIMATIONS, check_output, save_images
 
-    output = check_output(output or Path(f"{mode}.png"))
+    output = output or Path(f"{mode}.gif" if gif else f"{mode}.png")
     shown: dict[str, Any] = {}
     if mode == "gaussian":
         from vqvae.gaussian import draw_gaussian
 
+        check_output(output)
         model, _ = _load_vqvae(vqvae, device, output)
         arrays = draw_gaussian(model, gaussian_input or "latent", num_samples, seed)
     else:
+        from prior.drawing import require_few, stages
         from prior.labels import names_of, parse_label, parse_labels
         from prior.sampling import check_options
         from vqvae.pictures import columns_for
 
+        check_output(output, *ANIMATIONS if gif else (".png", *ANIMATIONS, ".npz"))
         check_options(**options)
+        if output.suffix in ANIMATIONS:
+            require_few(num_samples)
         pair = _load_pair(vqvae, prior, device, output)
         names = pair.info.class_names
         chosen = parse_labels(labels, names) if label is None else [parse_label(label, names)]
         with progress(num_samples, "map") as bar:
-            arrays = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **options)._asdict()
-        shown = {"columns": columns_for(len(chosen or "?")), "captions": names_of(arrays["labels"], names)}
+            samples = pair.draw(num_samples, labels=chosen, seed=seed, progress=bar.update, **options)
+        arrays, columns = samples._asdict(), columns_for(num_samples, len(chosen or "?"))
+        shown = {"columns": columns, "captions": names_of(samples.labels, names), "stages": stages(samples)}
     save_images(output, arrays, arrays["images"], **shown)
     say(f"wrote {output}")
 
@@ -250,17 +259,19 @@ def reconstruct(
     download: Download = True,
     quiet: Quiet = False,
 ) -> None:
+    import torch
+
     from vqvae.codec import reconstruct
     from vqvae.data.chosen import ImageChoice
     from vqvae.output import check_output, save_images
-    from vqvae.pictures import pairs
 
     choice = ImageChoice(images, dataset, num_images, data_folder, download)
     check_output(output)
     model, info = _load_vqvae(vqvae, device, output, dataset, images)
     pixels, names = choice.read(info, num_images=100)
     arrays = reconstruct(model, pixels)
-    save_images(output, {**arrays, "names": names}, **pairs(arrays["images"], arrays["reconstructions"]))
+    pairs = torch.stack([arrays["images"], arrays["reconstructions"]], dim=1)
+    save_images(output, {**arrays, "names": names}, pairs)
     error, psnr = (arrays[name].mean() for name in ("squared_error", "psnr_db"))
     say(f"mean of {len(pixels)} images: squared error {error:.5f}, PSNR {psnr:.2f} dB\nwrote {output}")
 
@@ -419,6 +430,19 @@ def export(
         differences = export_pair(pair, output, format, bar.update)
     found = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
     say(f"largest difference from the weights: {found}\nwrote {output}")
+
+
+@app.command(help="Draw the training curves of runs as one picture, in which several runs lie over one another.")
+def plot(
+    runs: Annotated[list[Path], Argument(parser=path, metavar="RUN", help="Output folders of trainings.")],
+    output: Annotated[Path, PathOption(help="A .png file.")] = Path("plot.png"),
+    quiet: Quiet = False,
+) -> None:
+    from vqvae.curves import plot_runs
+    from vqvae.output import check_output
+
+    plot_runs(runs, check_output(output, ".png"))
+    say(f"wrote {output}")
 
 
 def _load_vqvae(vqvae: File, device: str, output: Path, dataset: str | None = None, images: File = None) -> Any:

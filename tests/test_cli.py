@@ -148,7 +148,7 @@ def test_training_writes_exactly_these_files_and_no_others() -> None:
     for stage, others in (("vqvae", set()), ("prior", {f"codes-{name}.safetensors" for name in SPLITS})):
         names = {path for path in files_in(RUN / stage) if "events.out.tfevents" not in path}
         assert names == {"metrics.jsonl", "resume.pt", *others}
-        assert len(files_in(RUN / stage)) == len(names) + 1  # TensorBoard's
+        assert len(files_in(RUN / stage)) == len(names) + 2  # TensorBoard's, of both splits
     assert {path.name for path in RUN.iterdir() if path.is_file()} == {VQVAE.name, PRIOR.name, CLASSIFIER.name}
 
 

@@ -105,22 +105,52 @@ def test_reconstruct_writes_arrays_and_says_what_is_lost(
 
 def test_a_few_originals_stand_above_their_reconstructions_too(pair: Pair, tmp_path: Path) -> None:
     succeed("reconstruct", "--num-images", 3, "--output", tmp_path / "r.png")
-    assert size(tmp_path / "r.png") == (4 + 3 * 60, 4 + 2 * 60)
+    assert size(tmp_path / "r.png") == (4 + 3 * 60, 4 + 2 * 59)
     expected = to_bytes(reconstruct(pair.vqvae, TEST[:3])["reconstructions"])
     with Image.open(tmp_path / "r.png") as picture:
         found = torch.from_numpy(np.array(picture))[4::2, 4::2, 0]
     for i in range(3):
         assert torch.equal(found[:28, 30 * i : 30 * i + 28], TEST[i, 0])
-        assert torch.equal(found[30:58, 30 * i : 30 * i + 28], expected[i, 0])
+        assert torch.equal(found[29:57, 30 * i : 30 * i + 28], expected[i, 0])
 
 
 def test_reconstruct_draws_pairs_in_one_picture(tmp_path: Path) -> None:
     succeed("reconstruct", "--output", tmp_path / "r.png")
-    assert size(tmp_path / "r.png") == (604, 2 * (2 + 20 * 30))  # 100 images, twice as large
+    assert size(tmp_path / "r.png") == (604, 2 * (2 + 10 * 59))  # 100 pairs, twice as large
     assert [path.name for path in tmp_path.iterdir()] == ["r.png"]
     with Image.open(tmp_path / "r.png") as picture:
         first = np.asarray(picture)[4:60, 4:60, 0]
     assert np.array_equal(first, TEST[0, 0].numpy().repeat(2, 0).repeat(2, 1))
+
+
+def test_sample_shows_how_samples_are_drawn(folder: Path, tmp_path: Path) -> None:
+    draw = ["sample", "--mode", "pixelcnn", "--num-samples", 3]
+    assert succeed(*draw, "--gif").stdout.endswith("wrote pixelcnn.gif\n")
+    for path in (tmp_path / "p.webp", tmp_path / "p.png"):
+        succeed(*draw, "--output", path)
+    for path, kind in ((Path("pixelcnn.gif"), "GIF"), (tmp_path / "p.webp", "WEBP")):
+        with Image.open(path) as animation:
+            assert (animation.format, animation.n_frames) == (kind, 50)  # of maps of 49 codes
+            animation.seek(49)
+            assert animation.size == size(tmp_path / "p.png")
+    Path("pixelcnn.gif").unlink()
+    assert "between 1 and 400, found 401; try" in run(*draw[:3], "--gif", "--num-samples", 401).stderr
+    refuse(*draw, "--gif", saying="--output to end in .gif (an animation) or .webp (an animation), found new.npz; try")
+    refuse("sample", "--mode", "gaussian", "--gif", saying="expected no --gif with --mode gaussian, found True; leave")
+
+
+def test_plot_draws_the_logs_of_runs(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "prior").mkdir(parents=True)
+        (tmp_path / name / "prior" / "metrics.jsonl").write_text('{"step": 1, "nats_per_code/validation": 2.0}\n')
+    result = succeed("plot", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "p.png")
+    assert result.stdout == f"wrote {tmp_path / 'p.png'}\n"
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width == 1500
+    failed = run("plot", tmp_path, "--output", tmp_path / "new.png")
+    assert failed.stderr.startswith(f"error: expected a run's output folder, with a log such as {tmp_path}")
+    assert failed.stderr.endswith("name the --output-folder of a training\n")
+    assert not (tmp_path / "new.png").exists()
 
 
 @pytest.mark.parametrize(("options", "images", "names"), SOURCES, ids=["split", "own"])
@@ -291,4 +321,4 @@ def test_names_of_classes_stand_above_the_columns_that_they_were_asked_for(
     succeed(*draw, "--labels", "0-2")
     assert size(tmp_path / "s.png") == (60 * 9 + 4, 60 * 2 + 4 + 15)
     succeed(*draw)
-    assert size(tmp_path / "s.png") == (60 * 10 + 4, 60 * 2 + 4 + 2 * 15 + 4)
+    assert size(tmp_path / "s.png") == (60 * 9 + 4, 60 * 2 + 4 + 2 * 15 + 4)

@@ -20,18 +20,19 @@ RANKING = """
     vqvae.data.mnist vqvae.data.torchvision_sets vqvae.data.images vqvae.data.prepared vqvae.data.folder
     vqvae.data.arrays vqvae.data.load vqvae.data.chosen vqvae.pictures vqvae.output
     vqvae.training vqvae.training.muon vqvae.training.settings vqvae.training.signals vqvae.training.averages
-    vqvae.training.logs vqvae.training.state vqvae.training.start vqvae.training.loop
+    vqvae.training.history vqvae.curves vqvae.training.logs vqvae.training.state vqvae.training.start
+    vqvae.training.loop
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.loss vqvae.train vqvae
     prior.kernels prior.model prior.incremental prior.sampling prior.labels
     prior.codes prior.independent prior.likelihood prior.maps prior.pair prior.export
-    prior.exported.sample_onnx prior.exported.sample_torch prior.completions prior.scores prior.train
+    prior.exported.sample_onnx prior.exported.sample_torch prior.drawing prior.completions prior.scores prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables
     prior.evaluation.measure prior.evaluation.report prior.evaluation.comparison prior
     cli
 """.split()
 MAX_LINES = 300
-MAX_LINES_OF_CLI = 497
+MAX_LINES_OF_CLI = 521
 
 
 def module_name(path: Path) -> str:

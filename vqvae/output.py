@@ -1,16 +1,17 @@
-"""What a command writes for its user: a picture (.png), arrays (.npz) or a table (.csv), by the name's ending."""
+"""What a command writes for its user, by the ending of its name: a picture, an animation, arrays or a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from vqvae.errors import InputError
-from vqvae.pictures import COLUMNS, save_grid
+from vqvae.pictures import save_animation, save_grid
 from vqvae.storage.files import require_writable, write_arrays
 
-KINDS = {".png": "a picture", ".npz": "arrays", ".csv": "a table"}
+ANIMATIONS = (".gif", ".webp")
+KINDS = {".png": "a picture", ".npz": "arrays", ".csv": "a table", **dict.fromkeys(ANIMATIONS, "an animation")}
 
 
 def check_output(output: Path, *endings: str) -> Path:
@@ -38,16 +39,20 @@ def save_images(
     arrays: Mapping[str, Tensor | Sequence[str]],
     shown: Tensor,
     *,
-    columns: int = COLUMNS,
+    columns: int | None = None,
     captions: Sequence[str] = (),
+    stages: Iterable[Tensor] = (),
 ) -> None:
-    """Write a grid of the images that are shown as .png, or all arrays as .npz.
+    """Write a grid of the images that are shown as .png, how they come about as .gif or .webp, or all arrays as .npz.
 
     Args:
-        shown: images (N, C, S, T) in 0..1.
+        shown: images in 0..1, as `pictures.grid` takes them.
         columns, captions: of the grid; see `pictures.grid_png`.
+        stages: what an animation shows; see `pictures.save_animation`.
     """
     if output.suffix == ".npz":
         write_arrays(output, {name: np.asarray(values) for name, values in arrays.items()})
+    elif output.suffix in ANIMATIONS:
+        save_animation(stages, output, columns, captions)
     else:
         save_grid(shown, output, columns, captions)

@@ -1,14 +1,13 @@
-"""Pictures of images: grids, with captions or without, and sheets of several grids with titles."""
+"""Pictures of images: grids, with captions or without, animations of them, and sheets of several with titles."""
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,56 +16,81 @@ from vqvae.storage.files import write_atomically
 
 PADDING = 2  # pixels between two images
 COLUMNS = 10
-GREY = 0.5
+GREY = 0.5  # in the place of what is not shown, and between images
 LEAST_SIDE = 56  # of an image in a picture; a smaller one is enlarged
+STAGE_MS, LAST_MS = 80, 2000  # how long an animation shows a picture
 CAPTION_HEIGHT, CAPTION_SIZES = 15, (12, 11, 10, 9)  # pixels
 
 
-def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
-    """Images (N, C, H, W) in 0..1, row by row on mid grey, as one picture (3, height, width) in 0..1.
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """Images in 0..1, row by row on mid grey, as one picture (3, height, width) uint8 that is large enough to look at.
+
+    Where the last row ends early, the rest of it is white, so that nothing there looks like an image.
 
     Args:
-        images: of 1 or 3 channels.
-        columns: images in a row, where there are as many.
+        images: (N, C, H, W) of 1 or 3 channels, or (N, P, C, H, W), of which P stand one above the other.
+        columns: images in a row, where there are as many. None takes those of `columns_for`.
     """
     # torchvision's make_grid does the same, but its import takes a second of the start of `sample`.
-    columns = min(len(images), columns)
-    cells = F.pad(images.cpu(), (PADDING, 0, PADDING, 0), value=GREY)
-    cells = F.pad(cells, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=GREY)  # fills the last row
+    columns = min(len(images), columns or columns_for(len(images)))
+    scale, num_missing, grey = _scale(images), -len(images) % columns, round(GREY * 255)
+    cells = to_bytes(images.cpu())
+    if cells.ndim == 5:  # with a line of one pixel between two parts
+        cells = rearrange(F.pad(cells, (0, 0, 1, 0), value=grey), "n part c h w -> n c (part h) w")[:, :, 1:]
+    height, width = (side + PADDING for side in cells.shape[2:])
+    cells = F.pad(cells, (PADDING, 0, PADDING, 0, 0, 0, 0, num_missing), value=grey)
     picture = rearrange(cells, "(row column) c h w -> c (row h) (column w)", column=columns)
-    return F.pad(picture, (0, PADDING, 0, PADDING), value=GREY).expand(3, -1, -1)
+    picture = F.pad(picture, (0, PADDING, 0, PADDING), value=grey)
+    if num_missing:
+        picture[:, -height:, -num_missing * width :] = 255
+    # Each pixel becomes a square of pixels.
+    return repeat(picture, "c h w -> (c rgb) (h down) (w right)", rgb=3 // len(picture), down=scale, right=scale)
 
 
-def pairs(upper: Tensor, lower: Tensor) -> dict[str, Any]:
-    """What `output.save_images` shows of images (N, C, H, W) that stand above others, with grey ones where the last row
-    ends."""
-    columns = min(len(upper), COLUMNS)
-    both = F.pad(torch.stack([upper, lower]), (0, 0, 0, 0, 0, 0, 0, -len(upper) % columns), value=GREY)
-    shown = rearrange(both, "pair (row column) c h w -> (row pair column) c h w", column=columns)
-    return {"shown": shown, "columns": columns}
-
-
-def columns_for(num: int) -> int:
-    """Columns of a grid whose images repeat after `num`, so that each column shows the same where that is possible."""
-    return COLUMNS // num * num or COLUMNS
-
-
-def grid_png(images: Tensor, columns: int = COLUMNS, captions: Sequence[str] = ()) -> bytes:
-    """Images (N, C, H, W) in 0..1 as a grid in the PNG format, large enough to look at.
+def columns_for(num: int, cycle: int = 1) -> int:
+    """Columns of a grid: of five to ten the number that leaves the fewest places empty.
 
     Args:
-        columns: images in a row, where there are as many.
+        num: images in the grid.
+        cycle: after so many the images repeat, so that each column shows the same where that is possible.
+    """
+    step = cycle if cycle <= COLUMNS else 1
+    return min(range(COLUMNS // step * step, COLUMNS // 2 - 1, -step), key=lambda columns: -num % columns)
+
+
+def grid_png(images: Tensor, columns: int | None = None, captions: Sequence[str] = ()) -> bytes:
+    """Images as a grid in the PNG format.
+
+    Args:
+        images, columns: of `grid`.
         captions: one for each image, or none at all. Where all rows have the same, it stands above the first one only.
     """
-    picture = _enlarged(images, columns)
-    if captions:
-        picture = _captioned(picture, captions, min(len(images), columns), images)
-    return _to_png(picture)
+    return _to_png(_drawn(images, columns, captions))
 
 
-def save_grid(images: Tensor, path: Path, columns: int = COLUMNS, captions: Sequence[str] = ()) -> None:
+def save_grid(images: Tensor, path: Path, columns: int | None = None, captions: Sequence[str] = ()) -> None:
     """Write the grid of `grid_png` to a file."""
     write_atomically(path, grid_png(images, columns, captions))
+
+
+def save_animation(
+    stages: Iterable[Tensor], path: Path, columns: int | None = None, captions: Sequence[str] = ()
+) -> None:
+    """Write one grid after the other to a file, which shows the last one longer, and then begins again.
+
+    Args:
+        stages: images of `grid`, of equal shapes.
+        path: ends in .gif or in .webp.
+        columns, captions: of `grid_png`.
+    """
+    frames = [_drawn(images, columns, captions) for images in stages]
+    if path.suffix == ".gif":  # which has 256 colours: those of the last grid for all, so that nothing flickers
+        colors = frames[-1].quantize()
+        frames = [frame.quantize(palette=colors, dither=Image.Dither.NONE) for frame in frames]
+    buffer, durations = io.BytesIO(), [STAGE_MS] * (len(frames) - 1) + [LAST_MS]
+    options: dict[str, Any] = {"duration": durations, "loop": 0, "lossless": True}  # only WebP knows the last
+    frames[0].save(buffer, path.suffix[1:], save_all=True, append_images=frames[1:], **options)
+    write_atomically(path, buffer.getvalue())
 
 
 def save_sheet(
@@ -81,9 +105,7 @@ def save_sheet(
     """
     font = ImageFont.load_default(size=16)
     margin, title_height = 12, 30
-    pictures = [_enlarged(images, columns) for _, images in sections]
-    if heads:
-        pictures[0] = _captioned(pictures[0], heads, columns, sections[0][1])
+    pictures = [_drawn(images, columns, () if number else heads) for number, (_, images) in enumerate(sections)]
     titles = [math.ceil(font.getlength(title)) for title, _ in sections]
     width = max(*titles, *(picture.width for picture in pictures)) + 2 * margin
     height = sum(picture.height + title_height for picture in pictures) + margin
@@ -97,29 +119,29 @@ def save_sheet(
     write_atomically(path, _to_png(sheet))
 
 
-def _enlarged(images: Tensor, columns: int) -> Image.Image:
-    """A grid of which each pixel becomes a square of pixels, so that small images are large enough to look at."""
-    small = Image.fromarray(rearrange(to_bytes(grid(images, columns)), "c h w -> h w c").numpy())
-    scale = _scale(images)
-    return small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)
+def _drawn(images: Tensor, columns: int | None, captions: Sequence[str]) -> Image.Image:
+    """A grid of images with captions, if there are any."""
+    columns = min(len(images), columns or columns_for(len(images)))
+    picture = Image.fromarray(rearrange(grid(images, columns), "c h w -> h w c").numpy())
+    return _captioned(picture, captions, images, columns) if captions else picture
 
 
 def _scale(images: Tensor) -> int:
-    return -(-LEAST_SIDE // min(images.shape[2:]))
+    return -(-LEAST_SIDE // min(images.shape[-2:]))
 
 
-def _captioned(picture: Image.Image, captions: Sequence[str], columns: int, images: Tensor) -> Image.Image:
+def _captioned(picture: Image.Image, captions: Sequence[str], images: Tensor, columns: int) -> Image.Image:
     """A grid of images with a caption above each of its cells, or above each column, where its rows have the same.
 
     The captions are as large as lets the longest fit. If none of the sizes does, the longest are cut.
     """
-    height, width = ((side + PADDING) * _scale(images) for side in images.shape[2:])
+    num_rows, padding = -(-len(images) // columns), PADDING * _scale(images)  # the padding is below a row and above it
+    height, width = (picture.height - padding) // num_rows, (picture.width - padding) // columns
     rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
     if all(row == rows[0][: len(row)] for row in rows):
-        rows = [rows[0]] + [()] * (-(-len(images) // columns) - 1)
+        rows = [rows[0]] + [()] * (num_rows - 1)
     fonts = [_font(size, "".join(captions)) for size in CAPTION_SIZES]
     font = next((font for font in fonts if all(font.getlength(text) < width for text in captions)), fonts[-1])
-    padding = picture.height - len(rows) * height  # below a row; the next one begins with it too
     num_captioned = sum(map(bool, rows))
     shown_height = picture.height + num_captioned * CAPTION_HEIGHT + (num_captioned - 1) * padding
     shown = Image.new("RGB", (picture.width, shown_height), "white")

@@ -78,14 +78,17 @@ def require_extra(extra: str, *modules: str) -> None:
 def tell_version(asked: bool) -> None:
     """Print the version of the code that runs, if it is asked for, and end the program."""
     if asked:
-        project = HOME / "pyproject.toml"  # a clone has it; another version may be installed beside the clone
-        if project.is_file():
-            version = tomllib.loads(project.read_text("utf-8"))["project"]["version"]
-        else:
-            installed = metadata.distributions(name=PACKAGE, path=[str(HOME.parent)])
-            version = next((found.version for found in installed), "(not installed)")
-        print(PACKAGE, version)
+        print(PACKAGE, version())
         raise SystemExit
+
+
+def version() -> str:
+    """The version of the code that runs."""
+    project = HOME / "pyproject.toml"  # a clone has it; another version may be installed beside the clone
+    if project.is_file():
+        return str(tomllib.loads(project.read_text("utf-8"))["project"]["version"])
+    installed = metadata.distributions(name=PACKAGE, path=[str(HOME.parent)])
+    return next((found.version for found in installed), "(not installed)")
 
 
 def _by_name(name: str, file: str) -> str:

@@ -20,7 +20,7 @@ from vqvae.data.dataset import Dataset, require_same_kind
 from vqvae.data.pixels import unit_images
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
-from vqvae.pictures import columns_for, save_sheet
+from vqvae.pictures import COLUMNS, columns_for, save_sheet
 from vqvae.quantizer import codes_used, count_codes
 from vqvae.storage.files import write_arrays
 
@@ -112,7 +112,8 @@ def save_comparison(modes: list[Mode], output: Path, class_names: Sequence[str])
         InputError: the file can't be written.
     """
     if output.suffix == ".png":
-        columns = min(_columns(len(class_names)), len(modes[0].images))
+        num, cycle = len(modes[0].images), max(len(class_names), 1)
+        columns = min(max(columns_for(num, cycle), cycle), num)
         heads = [class_names[i % len(class_names)] for i in range(columns)] if len(class_names) > 1 else ()
         save_sheet([(mode.title, mode.images) for mode in modes], output, columns, heads)
         return
@@ -135,7 +136,8 @@ def first_of_each_class(labels: Tensor, num_samples: int | None, num_classes: in
     fewest = int(torch.bincount(labels, minlength=columns).min())
     if fewest == 0:
         raise InputError("expected test images of every class, found none of some; choose data that has some of each")
-    num_samples = min(NUM_ROWS * _columns(num_classes), fewest * columns) if num_samples is None else num_samples
+    three_rows = NUM_ROWS * max(COLUMNS // columns * columns, columns)
+    num_samples = min(three_rows, fewest * columns) if num_samples is None else num_samples
     num_rows = min(max(num_samples // columns, 1), fewest)
     if num_samples != num_rows * columns:
         multiple = f", a multiple of {columns}, the number of classes," if num_classes > 1 else ""
@@ -144,11 +146,6 @@ def first_of_each_class(labels: Tensor, num_samples: int | None, num_classes: in
             f"test images, found {num_samples}; try `num_samples={num_rows * columns}`"
         )
     return torch.stack([(labels == label).nonzero()[:num_rows, 0] for label in range(columns)], dim=1).flatten()
-
-
-def _columns(num_classes: int) -> int:
-    """Columns of the sheet, of which each shows one class: as many as there are classes, or a multiple of few."""
-    return max(columns_for(num_classes or 1), num_classes)
 
 
 def _to_mode(

@@ -55,7 +55,7 @@ class Evaluation(NamedTuple):
     figures: dict[str, Any]  # plain numbers and text for metrics.json; `origin` says what was measured, and with what
     sets: list[ImageSet]
     labelled_samples: ImageSet  # the set whose memorisation was measured; without classes it has no labels
-    closest: Tensor  # (2 * NUM_PAIRS, C, H, W) uint8: samples, each followed by its nearest training image
+    closest: Tensor  # (NUM_PAIRS, 2, C, H, W) uint8: samples, each with the training image nearest to it
     nats: Tensor  # (h, w), the prior's by position
     unigram_nats: Tensor  # (h, w), the unigram's
     code_counts: Tensor  # (K,) int64, in the maps of the measured split

@@ -44,7 +44,7 @@ def measure_memorisation(
         real_indices: (N, h, w), the code maps of the held-out images.
         progress: called with the number of images that were compared since the last call, 3 N in all.
     Returns:
-        the figures, and the NUM_PAIRS closest pairs (2 * NUM_PAIRS, C, H, W) uint8: a sample, then the training image
+        the figures, and the NUM_PAIRS closest pairs (NUM_PAIRS, 2, C, H, W) uint8: a sample, then the training image
         nearest to it. Distances are root mean squares over the values of an image in 0..1. `closer_than_real` and the
         like are the share of pairs of an image of either set in which that of the first lies closer to the training
         images, [value, standard error]; 1/2 says that none does. A p-value is one-sided (arXiv:2004.05675): a small one
@@ -66,8 +66,7 @@ def measure_memorisation(
         figures[f"p_{name}"] = mann_whitney_p(distances[closer], distances[other])
         figures[name] = list(share_closer(distances[closer], distances[other]))
     closest = distances["samples"].argsort()[:NUM_PAIRS]
-    pairs = torch.stack([samples.images[closest], train_images[rows["samples"][closest]]], dim=1)
-    return figures, pairs.flatten(0, 1)
+    return figures, torch.stack([samples.images[closest], train_images[rows["samples"][closest]]], dim=1)
 
 
 def count_copies(indices: Tensor, train_indices: Tensor) -> int:

@@ -14,6 +14,7 @@ from jinja2 import Environment
 from prior.evaluation.measure import Evaluation, evaluate_pair
 from prior.evaluation.plots import plot_code_usage, plot_heat_maps
 from prior.evaluation.tables import Table, as_markdown, as_text, describe_origin, notes, tabulate
+from prior.labels import names_of
 from prior.pair import Pair
 from vqvae.data.dataset import Dataset, DatasetInfo
 from vqvae.data.pixels import unit_images
@@ -160,9 +161,11 @@ def draw_pictures(evaluation: Evaluation) -> dict[str, Picture]:
     pictures = {}
     for image_set in evaluation.sets:
         shown = unit_images(image_set.images[:NUM_SHOWN])
-        pictures[image_set.name] = Picture(f"{image_set.title}: the first {len(shown)}", grid_png(shown))
+        labels, names = image_set.labels, evaluation.figures["class_names"]
+        png = grid_png(shown, captions=() if labels is None else names_of(labels[:NUM_SHOWN], names))
+        pictures[image_set.name] = Picture(f"{image_set.title}: the first {len(shown)}", png)
     pictures["closest"] = Picture(
-        "Closest pairs: a sample and, right of it, the training image nearest to it",
+        "Closest pairs: a sample and, below it, the training image nearest to it",
         grid_png(unit_images(evaluation.closest)),
     )
     maps = {"per-position unigram": evaluation.unigram_nats, "PixelCNN": evaluation.nats}

@@ -157,7 +157,7 @@ def test_pictures_are_samples_of_each_class(num_classes: int, tmp_path: Path, mo
     for epoch in range(1, 11):
         show(task, log, epoch, 7 * epoch)
     found = [(tag, picture.shape, step) for tag, picture, step in (call.args for call in log.picture.call_args_list)]
-    assert found == [("samples", (3, 10 * 18 + 2, 10 * 22 + 2), 7 * epoch) for epoch in (4, 8, 10)]
+    assert found == [("samples", (3, 4 * (10 * 18 + 2), 4 * (10 * 22 + 2)), 7 * epoch) for epoch in (4, 8, 10)]
     log.graph.assert_called_once()
     task.prior(*log.graph.call_args.args[1])  # its example
     seeds = {(network, num, generator.initial_seed()) for network, num, generator in (c.args for c in draw.mock_calls)}

@@ -7,8 +7,8 @@ import torch
 
 from tests.helpers import make_split
 from vqvae.errors import InputError
-from vqvae.output import check_output, save_images
-from vqvae.pictures import grid_png
+from vqvae.output import ANIMATIONS, check_output, save_images
+from vqvae.pictures import grid_png, save_animation
 
 IMAGES, OTHERS = make_split(3).images / 255, make_split(3, seed=1).images / 255
 ARRAYS = {"images": IMAGES, "reconstructions": OTHERS, "indices": torch.arange(147).reshape(3, 7, 7)}
@@ -33,6 +33,7 @@ def test_an_ending_other_than_png_and_npz_is_refused_and_the_name_to_try_is_acce
 
 def test_a_command_may_write_files_of_other_kinds() -> None:
     assert check_output(Path("a.csv"), ".csv", ".npz") == Path("a.csv")
+    assert check_output(Path("a.webp"), *ANIMATIONS) == Path("a.webp")
     expected = "expected `output` to end in .csv (a table) or .npz (arrays), found a.png; try `output=a.csv`"
     with pytest.raises(InputError, match=re.escape(expected)):
         check_output(Path("a.png"), ".csv", ".npz")
@@ -52,3 +53,6 @@ def test_arrays_keep_their_names_values_and_types_and_a_picture_shows_what_it_is
     torch.testing.assert_close(arrays, ARRAYS, rtol=0, atol=0)
     save_images(tmp_path / "a.png", ARRAYS, OTHERS, columns=2, captions=["a", "b", "c"])
     assert (tmp_path / "a.png").read_bytes() == grid_png(OTHERS, 2, ["a", "b", "c"])
+    save_images(tmp_path / "a.gif", ARRAYS, OTHERS, columns=2, stages=[IMAGES, OTHERS])
+    save_animation([IMAGES, OTHERS], tmp_path / "b.gif", 2)
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()

@@ -1,13 +1,15 @@
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageSequence
 
 from tests.helpers import make_split
 from vqvae.data.pixels import to_model_range, to_unit_range
-from vqvae.pictures import columns_for, grid, grid_png, pairs, save_grid, save_sheet
+from vqvae.pictures import columns_for, grid, grid_png, save_animation, save_grid, save_sheet
 
 
 def read(path: Path) -> np.ndarray:
@@ -15,21 +17,26 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("num", [30, 13, 4])
+@pytest.mark.parametrize(("num", "columns"), [(30, 10), (13, 7), (4, 4), (101, 6)])
 @pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 20, 36)])
-def test_a_batch_written_and_read_back_is_the_original(tmp_path: Path, image_shape: tuple[int, ...], num: int) -> None:
+def test_a_batch_written_and_read_back_is_the_original(
+    tmp_path: Path, image_shape: tuple[int, ...], num: int, columns: int
+) -> None:
     _, height, width = image_shape
     images = make_split(num, image_shape).images
     shown = to_unit_range(to_model_range(images))  # as everything that is shown goes
     save_grid(shown, tmp_path / "grid.png")
     assert grid_png(shown) == (tmp_path / "grid.png").read_bytes()
     scale = {28: 2, 20: 3}[height]  # to 56 pixels at least
-    # Rows of ten, on grey of which two pixels lie between images and around them.
-    rows, columns = -(-num // 10), min(num, 10)
+    # On grey, of which two pixels lie between images and around them. White is where the last row ends early.
+    rows = -(-num // columns)
     expected = np.full((2 + rows * (height + 2), 2 + columns * (width + 2), 3), 128, np.uint8)
-    for i in range(num):
-        top, left = 2 + i // 10 * (height + 2), 2 + i % 10 * (width + 2)
-        expected[top : top + height, left : left + width] = images[i].permute(1, 2, 0).numpy()
+    for i in range(rows * columns):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        if i < num:
+            expected[top : top + height, left : left + width] = images[i].permute(1, 2, 0).numpy()
+        else:
+            expected[top : top + height + 2, left : left + width + 2] = 255
     np.testing.assert_array_equal(read(tmp_path / "grid.png"), expected.repeat(scale, 0).repeat(scale, 1))
 
 
@@ -39,23 +46,44 @@ def test_a_picture_is_large_enough_to_look_at(tmp_path: Path, side: int, scale: 
     assert read(tmp_path / "grid.png").shape == (scale * (side + 4), scale * (2 + 3 * (side + 2)), 3)
 
 
-@pytest.mark.parametrize("num", [1, 7, 10, 13])
-def test_pairs_stand_one_above_the_other_in_rows_of_a_grid(num: int) -> None:
-    upper, lower = make_split(num).images / 255, make_split(num, seed=1).images / 255
-    columns, both = min(num, 10), pairs(upper, lower)
-    found = both["shown"]
-    assert both["columns"] == columns  # of the grid, in which the lower row then follows the upper one
-    for i in range(num):
-        row, column = divmod(i, columns)
-        assert torch.equal(found[2 * row * columns + column], upper[i])
-        assert torch.equal(found[(2 * row + 1) * columns + column], lower[i])
-    assert len(found) == 2 * columns * -(-num // columns)
-    assert (found == 0.5).all(dim=(1, 2, 3)).sum() == len(found) - 2 * num
+@pytest.mark.parametrize(("image_shape", "times"), [((1, 28, 28), 1), ((3, 30, 60), 2)])
+def test_images_of_one_place_stand_one_above_the_other(image_shape: tuple[int, ...], times: int) -> None:
+    upper, lower = make_split(13, image_shape).images / 255, make_split(13, image_shape, seed=1).images / 255
+    line = torch.full_like(upper[:, :, :1], 0.5)
+    tall = grid(torch.cat([upper, line, lower], dim=2))  # an image of twice the height may need no enlarging
+    enlarged = tall.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
+    assert torch.equal(grid(torch.stack([upper, lower], dim=1)), enlarged)
 
 
-@pytest.mark.parametrize(("num", "columns"), [(1, 10), (2, 10), (3, 9), (6, 6), (10, 10), (26, 10)])
-def test_a_grid_has_columns_for_images_that_repeat(num: int, columns: int) -> None:
-    assert columns_for(num) == columns
+@pytest.mark.parametrize(
+    ("num", "cycle", "columns"),
+    [
+        *((100, 1, 10), (7, 1, 7), (13, 1, 7), (101, 1, 6), (12, 1, 6), (23, 1, 8)),
+        *((100, 10, 10), (99, 3, 9), (100, 3, 6), (100, 6, 6), (12, 4, 8), (100, 26, 10)),
+    ],
+)
+def test_a_grid_has_columns_for_images_that_repeat_and_few_empty_places(num: int, cycle: int, columns: int) -> None:
+    assert columns_for(num, cycle) == columns
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 56, 60)])
+@pytest.mark.parametrize(("name", "most"), [("a.gif", 6), ("a.webp", 0)])
+def test_an_animation_shows_grids_in_turn_the_last_for_two_seconds_and_begins_again(
+    tmp_path: Path, name: str, most: int, image_shape: tuple[int, ...]
+) -> None:
+    values = torch.linspace(0, 1, 7).repeat(image_shape[0], image_shape[1], 1)  # of the few colours that a GIF has
+    last = torch.stack([F.interpolate(values, image_shape[2])] * 3)
+    grids = [last.where(torch.arange(image_shape[2]) < seen, 0.5) for seen in (0, 9, 20, 99)]
+    save_animation(iter(grids), tmp_path / name, 2, ["a", "b", "c"])
+    with Image.open(tmp_path / name) as animation:
+        frames = [
+            (np.array(frame.convert("RGB")), frame.info["duration"]) for frame in ImageSequence.Iterator(animation)
+        ]
+        assert animation.info["loop"] == 0  # for ever
+    assert [duration for _, duration in frames] == [80, 80, 80, 2000]
+    for (found, _), images in zip(frames, grids, strict=True):
+        with Image.open(io.BytesIO(grid_png(images, 2, ["a", "b", "c"]))) as picture:
+            assert np.abs(np.asarray(picture).astype(int) - found).max() <= most
 
 
 def test_captions_of_other_alphabets_are_legible_and_differ() -> None:
@@ -96,7 +124,7 @@ def test_a_sheet_has_each_grid_under_its_title(tmp_path: Path) -> None:
     save_sheet([("real digits", first), ("samples", second)], tmp_path / "sheet.png")
     picture, top, titles = read(tmp_path / "sheet.png")[..., 0], 0, []
     for images in (first, second):
-        whole = (grid(images)[0] * 255).round().numpy().astype(np.uint8).repeat(10, 0).repeat(10, 1)
+        whole = grid(images, 10)[0].numpy()
         windows = np.lib.stride_tricks.sliding_window_view(picture, whole.shape)
         ((row, _),) = np.argwhere((windows == whole).all(axis=(2, 3)))
         titles.append(picture[row - 30 : row])  # black text on white, below the grid before

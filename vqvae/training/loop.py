@@ -213,7 +213,7 @@ class _Loop:
         if self.saved_step == 0:
             return
         with self.writing():
-            self.log = self.log or self.closing.enter_context(RunLog(self.run.folder, self.log_from))
+            self.log = self.log or self.closing.enter_context(RunLog(self.run.folder, self.log_from, self.run.settings))
             for step, scalars in self.unlogged:
                 self.log.scalars(scalars, step)
         if line:

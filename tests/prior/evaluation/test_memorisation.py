@@ -37,8 +37,8 @@ def test_distances_p_values_and_the_closest_pairs_are_those_of_all_pairs(monkeyp
         assert found[name][0] == pytest.approx(share, abs=1e-3)
     assert found["num_images"] == 70
     order = least["samples"].argsort()[:50]  # the closest first
-    assert torch.equal(pairs[::2], SAMPLES[order])
-    assert torch.equal(pairs[1::2], TRAIN[distances["samples"].argmin(axis=1)[order]])
+    assert torch.equal(pairs[:, 0], SAMPLES[order])
+    assert torch.equal(pairs[:, 1], TRAIN[distances["samples"].argmin(axis=1)[order]])
 
 
 def test_copied_images_and_maps_are_found_out_and_held_out_images_are_not_accused() -> None:

@@ -31,7 +31,8 @@ def make_evaluation() -> Evaluation:
     rows = make_figures()["rows"]
     sets = [ImageSet(row["name"], row["title"], make_split(12, seed=n).images) for n, row in enumerate(rows)]
     nats = 1 + torch.arange(49.0).view(7, 7) / 10
-    return Evaluation(make_figures(), sets, sets[1], make_split(20, seed=9).images, nats, nats + 0.5, torch.arange(4))
+    closest = make_split(20, seed=9).images.unflatten(0, (10, 2))
+    return Evaluation(make_figures(), sets, sets[1], closest, nats, nats + 0.5, torch.arange(4))
 
 
 def test_every_form_has_every_figure_and_the_page_is_one_file_that_shows_markup_as_text(tmp_path: Path) -> None:
@@ -65,8 +66,11 @@ def test_every_form_has_every_figure_and_the_page_is_one_file_that_shows_markup_
 
 def test_the_pictures_show_the_first_images_of_each_set_and_the_closest_pairs_and_maps_of_any_shape() -> None:
     many, nats = ImageSet("many", "many", make_split(130, (3, 8, 16)).images), torch.rand(4, 30)
-    drawn = report.draw_pictures(make_evaluation()._replace(sets=[many], nats=nats, unigram_nats=nats))
+    labelled, names = many._replace(name="labelled", labels=torch.arange(130) % 2), make_figures()["class_names"]
+    sets = [many, labelled]
+    drawn = report.draw_pictures(make_evaluation()._replace(sets=sets, nats=nats, unigram_nats=nats))
     assert drawn["many"] == ("many: the first 100", grid_png(many.images[:100] / 255))
+    assert drawn["labelled"].png == grid_png(many.images[:100] / 255, captions=[names[i % 2] for i in range(100)])
     assert drawn["closest"].png == grid_png(make_evaluation().closest / 255)
     assert [Image.open(io.BytesIO(drawn[name].png)).size for name in PICTURES[3:]] == [(800, 350)] * 2
 

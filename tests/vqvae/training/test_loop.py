@@ -60,7 +60,7 @@ class Toy(Task):
         self.kept.append(figures["figure"])
 
     def show(self, log: RunLog, epoch: int, step: int) -> None:
-        log.picture("drawn", torch.full((3, 2, 2), epoch / 10), step)
+        log.picture("drawn", torch.full((3, 2, 2), epoch, dtype=torch.uint8), step)
 
 
 def train(
@@ -274,7 +274,7 @@ def test_what_cannot_be_written_or_does_not_fit_the_saved_run_is_refused_and_cha
     with pytest.raises(InputError, match=r"expected to write .*; mend that, or name another place"):
         train(Toy(), tmp_path / "file" / "run")
     train(Toy(), tmp_path, num_epochs=2)
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    files = contents(tmp_path)
     wrong = ({}, "k = None"), ({"k": 9}, "k = 9; resume with the first, or start anew"), ({"k": 8, "x": 1}, "x = 1")
     for settings, found in wrong:
         with pytest.raises(InputError, match=f"the run was started with, . = (8|None), found {found}"):
@@ -283,7 +283,7 @@ def test_what_cannot_be_written_or_does_not_fit_the_saved_run_is_refused_and_cha
         InputError, match=r"expected this run's state in .*resume.pt, found another network's 0.weight; start"
     ):
         resume({"k": 8}, width=9)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert contents(tmp_path) == files
     resume({"k": 8, "num_epochs": 3})  # more epochs are what resuming is for
     save_resume_state(tmp_path / "resume.pt", {"weights": torch.zeros(3)})
     with pytest.raises(
@@ -293,7 +293,7 @@ def test_what_cannot_be_written_or_does_not_fit_the_saved_run_is_refused_and_cha
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nothing_of_a_run_goes_before_the_first_save_of_one_that_replaces_it(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.vqvae.training.test_loop import STEPS, Toy, train
+from tests.vqvae.training.test_loop import STEPS, Toy, contents, train
 from vqvae.errors import InputError, Interrupted
 from vqvae.storage.checkpoint import load_resume_state
 from vqvae.training import loop, state
@@ -74,7 +74,7 @@ def lies(true: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def test_a_state_that_lies_anywhere_is_refused_in_a_sentence_and_changes_nothing(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {path: path.read_bytes() for path in saved.iterdir()}
+    files = contents(saved)
     for what, lie in lies(load_resume_state(saved / "resume.pt")):
         monkeypatch.setattr(state, "load_resume_state", lambda path, lie=lie: lie)
         print(what)
@@ -83,7 +83,7 @@ def test_a_state_that_lies_anywhere_is_refused_in_a_sentence_and_changes_nothing
         assert str(told.value).startswith(("expected this run's state in", "expected the settings that the run"))
         assert str(told.value).isprintable()
         assert len(str(told.value)) < 400
-        assert {path: path.read_bytes() for path in saved.iterdir()} == files
+        assert contents(saved) == files
 
 
 def test_a_run_of_more_epochs_than_asked_for_is_told_apart(tmp_path: Path) -> None:
