@@ -26,7 +26,8 @@ RANKING = """
     prior.codes prior.independent prior.likelihood prior.maps prior.pair prior.completions prior.scores prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables
-    prior.evaluation.measure prior.evaluation.report prior.evaluation.comparison prior
+    prior.evaluation.verdict prior.evaluation.measure prior.evaluation.illustrations prior.evaluation.page
+    prior.evaluation.report prior.evaluation.comparison prior
     cli
 """.split()
 MAX_LINES = 300

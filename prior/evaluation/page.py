@@ -26,8 +26,9 @@ ABOUT_TABLES = {  # one sentence for each of the other tables, by its title
     "images. The nearer the two are, the better the samples stand for real images.",
     "Stage one, held-out images": "How much an image loses on its way to codes and back. Less squared error is better, "
     "more of everything else.",
-    "Likelihood": "How well the codes of images are predicted. Fewer nats and bits are better. Fewer for training images "
-    "than for others show overfitting. The unigram and uniform columns are what a code needs without its neighbours.",
+    "Likelihood": "How well codes of images are predicted. Fewer nats and bits are better; fewer for training "
+    "images than for others show overfitting. The unigram and uniform columns are what a code needs without its "
+    "neighbours.",
     "Held-out maps, label unknown to the prior": "The prior as a classifier: which label makes a map the most likely.",
     "Memorisation": "Whether samples repeat training images. A share well above 0.5 would say that they lie closer to "
     "training images than the others do.",
@@ -77,23 +78,25 @@ def _groups(rows: list[dict[str, Any]], texts: list[list[str]]) -> list[tuple[st
 
     Args:
         rows: the figures of the sets, those of real images first.
-        texts: the same as `tabulate` shows them.
+        texts: the same as `tabulate` shows them, a title and a text for each column.
     """
-    sampled = [row for row in rows if row["name"] not in REAL]
-    best = {column.key: _best(column, sampled, rows[0][column.key]) for column in COLUMNS}
+    best = [_best(column, rows) for column in COLUMNS]
+    best_texts = [None if row is None else texts[row][n] for n, row in enumerate(best, start=1)]
     groups: dict[str, list[tuple[str, list[Cell]]]] = {}
     for row, (title, *cells) in zip(rows, texts, strict=True):
-        is_best = [row in sampled and row.get(key) is not None and row[key] == value for key, value in best.items()]
+        # Sets whose figures look equal are equally good.
+        is_best = [row["name"] not in REAL and text == best for text, best in zip(cells, best_texts, strict=True)]
         group = next(group for start, group in GROUPS.items() if row["name"].startswith(start))
         groups.setdefault(group, []).append((title, list(map(Cell, cells, is_best))))
     return list(groups.items())
 
 
-def _best(column: Column, rows: list[dict[str, Any]], of_real: float) -> float | None:
-    """The best value of a column; None if no row has one."""
-    values = [row[column.key] for row in rows if row.get(column.key) is not None]
+def _best(column: Column, rows: list[dict[str, Any]]) -> int | None:
+    """Which of the sampled rows is the best of a column; None where none has a figure there."""
+    of_real = rows[0].get(column.key)
     order = {"lower": lambda value: value, "higher": lambda value: -value, "nearer": lambda value: abs(value - of_real)}
-    return min(values, key=order[column.better], default=None)
+    found = [n for n, row in enumerate(rows) if row["name"] not in REAL and row.get(column.key) is not None]
+    return min(found, key=lambda n: order[column.better](rows[n][column.key]), default=None)
 
 
 def _origin(origin: dict[str, Any]) -> dict[str, str]:

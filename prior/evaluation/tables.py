@@ -28,7 +28,7 @@ COLUMNS = (
     Column("density", "density", "nearer", "how closely real images surround those of the set"),
     Column("coverage", "coverage", "higher", "share of the real images that have an image of the set close by"),
     Column("confident", f"confident (p ≥ {CONFIDENT})", "nearer", "share that the classifier is nearly certain about"),
-    Column("agreement", "agree with label", "higher", "share that the classifier takes for the label drawn for"),
+    Column("agreement", "agree with label", "higher", "share that the classifier takes for their label"),
 )
 
 NOTE = (

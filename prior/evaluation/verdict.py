@@ -42,7 +42,7 @@ def judge(figures: dict[str, Any]) -> Verdict:
     is_few = figures["origin"]["num_samples"] < FEW
     sentence = (
         f"Samples lie {_times(ratio)} as far from the training images as other real images do (FID "
-        f"{samples['fid']:.3g} against {floor['fid']:.3g}), "
+        f"{samples['fid']:.3f} against {floor['fid']:.3f}), "
     )
     if "agreement" in samples:
         sentence += (
@@ -52,7 +52,7 @@ def judge(figures: dict[str, Any]) -> Verdict:
     return Verdict(
         "Not judged" if is_few else _words(ratio),
         f"{sentence}and {_copies(figures)}.",
-        RULE_FOR_FEW if is_few else RULE,
+        f"Samples are the set “{samples['title']}”. {RULE_FOR_FEW if is_few else RULE}",
     )
 
 

@@ -167,7 +167,8 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
     if num_classes > 0:
         expected["without_label"] = figures.measure_without_label(prior, codes[last], nats[last], info)
     assert found.figures == expected
-    assert torch.equal(found.closest, pairs)
+    for closest, other in zip(found.closest, pairs, strict=True):
+        assert torch.equal(closest.images, other.images)
     assert torch.equal(found.nats, nats[last].mean(dim=0))
     assert torch.equal(found.unigram_nats, nats_by_position(frequencies, maps))
     assert torch.equal(found.code_counts, count_codes(maps, 16))
@@ -213,7 +214,7 @@ def test_arguments_out_of_range_and_a_classifier_of_other_images_are_refused() -
 def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recorded(*arguments: Any, **options: Any) -> measure.Evaluation:
         calls.append((list(arguments[4]), options))
-        return measure.Evaluation({"origin": {}}, [], samples, *[torch.zeros(0)] * 4)
+        return measure.Evaluation({"origin": {}}, [], samples, [], *[torch.zeros(0)] * 3)
 
     (calls, scored), pair, file = ([], []), helpers.save_pair(tmp_path), tmp_path / "c.safetensors"
     samples, data = sets.ImageSet("", "", **make_split(100)._asdict()), replace(mnist(), info=pair.info)
@@ -225,13 +226,14 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
     options = {"seed": 5, "save": lambda evaluation: saved.append(len(scored))}
     result = measure.evaluate_pair(pair, file, lambda info: data, accuracy_score=True, **options).figures
     prints = {"vqvae": pair.vqvae_header, "prior": pair.prior_header, "classifier": header}
-    assert result["origin"] == {stage: part.fingerprint for stage, part in prints.items()}
+    others = {"dataset": "made", "torch": torch.__version__}
+    assert result["origin"] == {**others, **{stage: part.fingerprint for stage, part in prints.items()}}
     assert (result["classification_accuracy_score"], saved) == ({"samples": 1, "real": 2}, [0])
     for source, (split, measured, _, *rest) in zip((make_split(100), data.train), scored, strict=True):
         assert all(map(torch.equal, split, source.first(100)))  # as many of both
         assert (len(measured.labels), *rest) == (120, ClassifierTraining(), data.deformation, 5, helpers.CPU)
     result = measure.evaluate_pair(pair, None, lambda info: data, seed=5).figures
-    assert result["origin"].keys() == {"vqvae", "prior"}
+    assert result["origin"].keys() == {"vqvae", "prior", "dataset", "torch"}
     del calls[1]
     measure.evaluate_pair(pair, file, lambda info: unread, split="validation", num_samples=107, guidance=3, seed=2)
     assert calls == [
