@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from prior.codes import Codes
 from prior.model import GatedPixelCNN
 from vqvae.compute import eval_mode, in_batches
 
@@ -36,20 +35,36 @@ def nats_per_code(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None) 
     return F.cross_entropy(logits, indices.flatten())
 
 
+def nats_of_codes(
+    prior: GatedPixelCNN,
+    indices: Tensor,
+    labels: Tensor | None,
+    progress: Callable[[int], object] = lambda num_done: None,
+) -> Tensor:
+    """Negative log-likelihood (N, H, W) float64 of each code of maps (N, H, W) under labels (N,), in nats, on the CPU.
+
+    Args:
+        labels: None stands for `no_label` everywhere.
+        progress: called with the number of maps that were scored since the last call.
+    """
+    nats = [torch.zeros(0, *prior.map_shape, dtype=torch.float64)]
+    with eval_mode(prior):
+        for rows in in_batches(len(indices), maps_at_once(prior)):
+            some = indices[rows].to(prior.device).long()
+            logits = prior(some, None if labels is None else labels[rows].to(prior.device))
+            nats.append(F.cross_entropy(logits, some, reduction="none").double().cpu())
+            progress(len(some))
+    return torch.cat(nats)
+
+
 def nats_per_map(prior: GatedPixelCNN, indices: Tensor, labels: Tensor | None, counted: Tensor | None = None) -> Tensor:
     """Negative log-likelihood (N,) float64 of each map (N, H, W) under its label (N,), in nats, on the CPU.
 
     Args:
         counted: (N, H, W) bool, on the CPU: the codes that are counted. None stands for all.
     """
-    nats = []
-    with eval_mode(prior):
-        for rows in in_batches(len(indices), maps_at_once(prior)):
-            some = indices[rows].to(prior.device).long()
-            logits = prior(some, None if labels is None else labels[rows].to(prior.device))
-            by_position = F.cross_entropy(logits, some, reduction="none").double().cpu()  # (B, H, W)
-            nats.append((by_position if counted is None else by_position * counted[rows]).sum(dim=(1, 2)))
-    return torch.cat(nats)
+    nats = nats_of_codes(prior, indices, labels)
+    return (nats if counted is None else nats * counted).sum(dim=(1, 2))
 
 
 def label_log_joint(
@@ -81,21 +96,3 @@ def label_log_joint(
 def mixture_nats_per_map(prior: GatedPixelCNN, indices: Tensor, frequencies: Tensor) -> Tensor:
     """Negative log-likelihood (N,) float64 of maps (N, H, W) without a label: -log of the sum over labels, in nats."""
     return -label_log_joint(prior, indices, frequencies).logsumexp(dim=1)
-
-
-def nats_by_position(
-    prior: GatedPixelCNN, codes: Codes, progress: Callable[[int], object] = lambda num_done: None
-) -> Tensor:
-    """Mean negative log-likelihood of each position (H, W) over a split, with its labels, on the CPU.
-
-    Args:
-        progress: called with the number of maps that were scored since the last call.
-    """
-    total = torch.zeros(prior.map_shape, dtype=torch.float64, device=prior.device)
-    with eval_mode(prior):
-        for rows in in_batches(len(codes.labels), maps_at_once(prior)):
-            indices = codes.indices[rows].to(prior.device).long()
-            logits = prior(indices, codes.labels[rows].to(prior.device))
-            total += F.cross_entropy(logits, indices, reduction="none").sum(dim=0)
-            progress(len(indices))
-    return total.cpu() / len(codes.labels)

@@ -28,7 +28,8 @@ RANKING = """
     prior.exported.sample_onnx prior.exported.sample_torch prior.drawing prior.completions prior.scores prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables
-    prior.evaluation.measure prior.evaluation.report prior.evaluation.comparison prior
+    prior.evaluation.verdict prior.evaluation.measure prior.evaluation.illustrations prior.evaluation.page
+    prior.evaluation.report prior.evaluation.comparison prior
     cli
 """.split()
 MAX_LINES = 300

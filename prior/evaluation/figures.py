@@ -1,5 +1,6 @@
 """The figures of each part of an evaluation: of a set of images, of reconstructions, of likelihoods."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from prior.evaluation.classifier import Classifier, extract_features
 from prior.evaluation.metrics import frechet_distance, frechet_distance_at_infinity, kid, prdc
 from prior.evaluation.sets import ImageSet
 from prior.independent import baselines
-from prior.likelihood import label_log_joint
+from prior.likelihood import nats_of_codes, nats_per_map
 from prior.model import GatedPixelCNN
-from prior.train import evaluate_prior
 from vqvae.compute import derive_seed, in_batches
 from vqvae.console import progress
 from vqvae.data.dataset import DatasetInfo
@@ -53,39 +53,52 @@ def measure_set(
     return figures
 
 
-def measure_likelihood(prior: GatedPixelCNN, codes: dict[str, Codes], train: Codes) -> dict[str, dict[str, float]]:
+def measure_likelihood(
+    prior: GatedPixelCNN, codes: dict[str, Codes], train: Codes
+) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """The likelihood of maps of each split with their labels, beside that of the priors without neighbours.
 
     Args:
         codes: the maps to measure, by the name of their split.
         train: all training maps, for the unigram.
+    Returns:
+        the figures, and the nats (N, h, w) of each code, both by the name of the split.
     """
-    figures = {}
+    figures, nats = {}, {}
     with progress(sum(len(some.labels) for some in codes.values()), "map", doing="likelihood") as bar:
         for name, some in codes.items():
-            likelihood = {**evaluate_prior(prior, some), **baselines(train, some, prior.num_codes)}
-            figures[name] = {"num_maps": len(some.labels), **likelihood}
-            bar.update(len(some.labels))
-    return figures
+            nats[name] = nats_of_codes(prior, *some, bar.update)
+            mean = nats[name].mean().item()
+            likelihood = {"nats_per_code": mean, "bits_per_image": mean / math.log(2) * some.indices[0].numel()}
+            baseline = baselines(train, some, prior.num_codes)
+            figures[name] = {"num_maps": len(some.labels), **likelihood, **baseline}
+    return figures, nats
 
 
-def measure_without_label(prior: GatedPixelCNN, codes: Codes, info: DatasetInfo) -> dict[str, float]:
+def measure_without_label(prior: GatedPixelCNN, codes: Codes, nats: Tensor, info: DatasetInfo) -> dict[str, float]:
     """What the prior makes of maps whose labels it is not told.
 
     Their likelihood is that of the mixture, log sum over labels of p(label) p(map | label). By Bayes' rule,
     p(label | map) is proportional to p(label) p(map | label), so the prior is a classifier too.
 
+    Args:
+        nats: (N, h, w) of each code under its map's own label. Only the other labels are computed.
     Returns:
         `num_maps`; `nats_per_code` of the mixture; `accuracy`, the share of maps whose label is the most likely one.
     """
-    total = len(codes.labels) * info.num_classes
-    with progress(total, "map", doing="each label") as bar:
-        log_joint = label_log_joint(prior, codes.indices, info.class_frequencies, progress=bar.update)
+    labels, log_p = codes.labels.cpu(), info.class_frequencies.double().log()
+    log_joint = log_p - nats.sum(dim=(1, 2))[:, None]
+    with progress(len(labels) * info.num_classes, "map", doing="each label") as bar:
+        for label in range(info.num_classes):
+            others = codes.indices[labels != label]
+            nats_of_others = nats_per_map(prior, others, torch.full((len(others),), label))
+            log_joint[labels != label, label] = log_p[label] - nats_of_others
+            bar.update(len(labels))
     height, width = prior.map_shape
     return {
         "num_maps": len(log_joint),
         "nats_per_code": -log_joint.logsumexp(dim=1).mean().item() / (height * width),
-        "accuracy": (log_joint.argmax(dim=1) == codes.labels.cpu()).double().mean().item(),
+        "accuracy": (log_joint.argmax(dim=1) == labels).double().mean().item(),
     }
 
 

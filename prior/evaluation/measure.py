@@ -14,13 +14,8 @@ from torch import Tensor
 from prior.codes import extract
 from prior.evaluation.classifier import Classifier, extract_features, load_classifier
 from prior.evaluation.classifier_training import ClassifierTraining, accuracy_after_training_on, require_trainable
-from prior.evaluation.figures import (
-    measure_likelihood,
-    measure_set,
-    measure_without_label,
-    structural_similarity,
-)
-from prior.evaluation.memorisation import measure_memorisation
+from prior.evaluation.figures import measure_likelihood, measure_set, measure_without_label, structural_similarity
+from prior.evaluation.memorisation import ClosestPairs, measure_memorisation
 from prior.evaluation.sets import (
     ImageSet,
     Sampler,
@@ -29,9 +24,7 @@ from prior.evaluation.sets import (
     make_samplers,
     real_images,
 )
-from prior.independent import nats_by_position as unigram_nats_by_position
-from prior.independent import unigram
-from prior.likelihood import nats_by_position
+from prior.independent import nats_by_position, unigram
 from prior.model import GatedPixelCNN
 from prior.pair import Pair
 from prior.sampling import GUIDANCE, check_options, guidance_for
@@ -55,7 +48,7 @@ class Evaluation(NamedTuple):
     figures: dict[str, Any]  # plain numbers and text for metrics.json; `origin` says what was measured, and with what
     sets: list[ImageSet]
     labelled_samples: ImageSet  # the set whose memorisation was measured; without classes it has no labels
-    closest: Tensor  # (NUM_PAIRS, 2, C, H, W) uint8: samples, each with the training image nearest to it
+    closest: list[ClosestPairs]  # of each class
     nats: Tensor  # (h, w), the prior's by position
     unigram_nats: Tensor  # (h, w), the unigram's
     code_counts: Tensor  # (K,) int64, in the maps of the measured split
@@ -117,7 +110,8 @@ def evaluate_pair(
         seed=seed,
         guidance=guidance,
     )
-    evaluation.figures["origin"] |= {stage: header.fingerprint for stage, header in headers.items()}
+    fingerprints = {stage: header.fingerprint for stage, header in headers.items()}
+    evaluation.figures["origin"] |= {"dataset": dataset.info.name, **fingerprints, "torch": str(torch.__version__)}
     if accuracy_score:
         save(evaluation)
         samples = evaluation.labelled_samples
@@ -183,6 +177,7 @@ def evaluate(
             codes[measured_name].indices,
             bar.update,
         )
+    likelihood, nats = measure_likelihood(prior, codes, train_codes)
     figures = {
         "origin": {"split": measured_name, "num_samples": num_samples, "seed": seed, "guidance": guidance},
         "class_names": list(info.class_names),
@@ -192,20 +187,18 @@ def evaluate(
             **evaluate_vqvae(vqvae, held_out, VQVAETraining()),
             "ssim": structural_similarity(held_out.images, sets["reconstructions"].images),
         },
-        "likelihood": measure_likelihood(prior, codes, train_codes),
+        "likelihood": likelihood,
         "memorisation": memorisation,
     }
     if info.class_names:
-        figures["without_label"] = measure_without_label(prior, codes[measured_name], info)
-    with progress(num_samples, "map", doing="each position") as bar:
-        nats = nats_by_position(prior, codes[measured_name], bar.update)
+        figures["without_label"] = measure_without_label(prior, codes[measured_name], nats[measured_name], info)
     return Evaluation(
         figures,
         image_sets,
         labelled_samples,
         closest,
-        nats,
-        unigram_nats_by_position(frequencies, codes[measured_name].indices).cpu(),
+        nats[measured_name].mean(dim=0),
+        nats_by_position(frequencies, codes[measured_name].indices).cpu(),
         count_codes(codes[measured_name].indices, vqvae.config.num_codes).cpu(),
     )
 

@@ -7,7 +7,7 @@ lie closer to everything. A second check counts the samples whose code map is th
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,22 @@ from prior.evaluation.metrics import mann_whitney_p, nearest, share_closer
 from prior.evaluation.sets import ImageSet, unit_vectors
 from vqvae.compute import in_batches
 
-NUM_PAIRS = 50
+NUM_PAIRS = 50  # of closest ones that are shown where there are no classes
+NUM_PAIRS_OF_CLASS = 5
 AT_ONCE = 10_000  # training maps
 COMPARED = (  # a name, the set that might lie closer, and the other
     ("closer_than_real", "samples", "real"),
     ("closer_than_reconstructions", "samples", "reconstructions"),
     ("reconstructions_closer_than_real", "reconstructions", "real"),
 )
+
+
+class ClosestPairs(NamedTuple):
+    """Samples and their nearest training images, the closest pair first."""
+
+    images: Tensor  # (n, 2, C, H, W) uint8: a sample, then the training image nearest to it
+    distances: Tensor  # (n,), root mean squares over the values of an image in 0..1
+    label: int | None = None  # the class that these samples were drawn for; None where they have no labels
 
 
 def measure_memorisation(
@@ -33,19 +42,19 @@ def measure_memorisation(
     train_indices: Tensor,
     real_indices: Tensor,
     progress: Callable[[int], object] = lambda num_done: None,
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[dict[str, Any], list[ClosestPairs]]:
     """Compare held-out images, their reconstructions and samples with the training images.
 
     Args:
         real, reconstructions: (N, C, H, W) uint8.
-        samples: at least NUM_PAIRS images, with their indices.
+        samples: with their indices, and with labels where there are classes.
         train_images: (M, C, H, W) uint8, perhaps mapped from disk.
         train_indices: (M, h, w), the code maps of the training images.
         real_indices: (N, h, w), the code maps of the held-out images.
         progress: called with the number of images that were compared since the last call, 3 N in all.
     Returns:
-        the figures, and the NUM_PAIRS closest pairs (NUM_PAIRS, 2, C, H, W) uint8: a sample, then the training image
-        nearest to it. Distances are root mean squares over the values of an image in 0..1. `closer_than_real` and the
+        the figures, and the closest pairs of each class, because all that are closest of all may be of one class.
+        Distances are root mean squares over the values of an image in 0..1. `closer_than_real` and the
         like are the share of pairs of an image of either set in which that of the first lies closer to the training
         images, [value, standard error]; 1/2 says that none does. A p-value is one-sided (arXiv:2004.05675): a small one
         says that the first set lies closer. Errors and p-values take images as independent. Where many of
@@ -65,8 +74,23 @@ def measure_memorisation(
     for name, closer, other in COMPARED:
         figures[f"p_{name}"] = mann_whitney_p(distances[closer], distances[other])
         figures[name] = list(share_closer(distances[closer], distances[other]))
-    closest = distances["samples"].argsort()[:NUM_PAIRS]
-    return figures, torch.stack([samples.images[closest], train_images[rows["samples"][closest]]], dim=1)
+    return figures, _closest_pairs(samples, distances["samples"], train_images, rows["samples"])
+
+
+def _closest_pairs(
+    samples: ImageSet, distances: Tensor, train_images: Tensor, nearest_rows: Tensor
+) -> list[ClosestPairs]:
+    """NUM_PAIRS_OF_CLASS of each class, or NUM_PAIRS where there are none."""
+    order = distances.argsort()
+
+    def pairs(closest: Tensor, label: int | None) -> ClosestPairs:
+        both = torch.stack([samples.images[closest], train_images[nearest_rows[closest]]], dim=1)
+        return ClosestPairs(both, distances[closest], label)
+
+    if samples.labels is None:
+        return [pairs(order[:NUM_PAIRS], None)]
+    labels = samples.labels[order]
+    return [pairs(order[labels == label][:NUM_PAIRS_OF_CLASS], label) for label in labels.unique().tolist()]
 
 
 def count_copies(indices: Tensor, train_indices: Tensor) -> int:

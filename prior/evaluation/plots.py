@@ -1,4 +1,4 @@
-"""The report's plots, as PNG."""
+"""The report's plots, as PNG. They are narrow enough for a phone."""
 
 import io
 
@@ -6,12 +6,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 WIDEST_WITH_NUMBERS = 12  # a map of more columns has no space for its numbers
+WIDTH, HEIGHT = 4.5, 3.5  # inches, of one panel
 
 
 def plot_heat_maps(maps: dict[str, Tensor]) -> bytes:
-    """Nats per code by position: maps (h, w) side by side under their titles. All share one scale from 0."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    """Nats per code by position: maps (h, w) one below the other under their titles. All share one scale from 0."""
+    figure = Figure(figsize=(WIDTH, HEIGHT * len(maps)), layout="constrained")
+    panels = figure.subplots(len(maps), squeeze=False)[:, 0]
     most = max(1e-9, *(float(nats.max()) for nats in maps.values()))
     for panel, (title, nats) in zip(panels, maps.items(), strict=True):
         image = panel.imshow(nats.numpy(), vmin=0, vmax=most, cmap="viridis")
@@ -27,7 +28,7 @@ def plot_heat_maps(maps: dict[str, Tensor]) -> bytes:
 
 def plot_code_usage(counts: Tensor) -> bytes:
     """The share of each code, the most frequent first. `counts` is (K,) int64, of a sum above 0."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     panel = figure.subplots()
     ordered = counts.sort(descending=True).values
     panel.plot((ordered / ordered.sum()).numpy(), label="share of all codes")
@@ -39,5 +40,5 @@ def plot_code_usage(counts: Tensor) -> bytes:
 
 def _to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

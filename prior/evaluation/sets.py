@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prior.independent import draw_independently, uniform
+from prior.likelihood import maps_at_once
 from prior.maps import draw_maps
 from prior.model import GatedPixelCNN
 from prior.sampling import draw_labels
@@ -111,14 +112,20 @@ def prior_samplers(
     there because guidance goes away from it. Where the images have no classes, it is the only sampler.
     """
 
+    at_once = max(maps_at_once(prior), 100)  # more than `draw_maps` takes, where memory allows it, for speed
+
     def with_labels(name: str, title: str, labels: Tensor, guidance: float) -> Sampler:
         def draw(generator: torch.Generator, progress: Progress) -> Tensor:
-            return draw_maps(prior, num, generator, labels=labels, guidance=guidance, progress=progress)
+            return draw_maps(
+                prior, num, generator, labels=labels, guidance=guidance, progress=progress, batch_size=at_once
+            )
 
         return Sampler(name, title, draw, labels)
 
     without_label = Sampler(
-        "pixelcnn", "pixelcnn without any label", lambda g, progress: draw_maps(prior, num, g, progress=progress)
+        "pixelcnn",
+        "pixelcnn without any label",
+        lambda g, progress: draw_maps(prior, num, g, progress=progress, batch_size=at_once),
     )
     if not info.class_names:
         return [without_label._replace(title="pixelcnn")]

@@ -1,13 +1,35 @@
 """The figures of an evaluation as tables, in plain text and in Markdown."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from prior.evaluation.figures import CONFIDENT
 from prior.evaluation.metrics import KID_SUBSET_SIZE
 
 Rows = list[list[str]]  # rows of cells; the first row is the head
 Table = tuple[str, Rows]  # a title, and its rows
+
+
+class Column(NamedTuple):
+    """A column of the table of sets."""
+
+    key: str  # of the figure in a row
+    head: str
+    better: Literal["lower", "higher", "nearer"]  # nearer to that of real images
+    meaning: str  # one line, for a reader who does not know the figure
+
+
+COLUMNS = (
+    Column("fid", "FID", "lower", "distance between the two sets in the classifier's features"),
+    Column("fid_infinity", "FID∞", "lower", "the same for infinitely many images, extrapolated"),
+    Column("kid", "KID x 1000", "lower", "another such distance, whose mean does not depend on the number of images"),
+    Column("precision", "precision", "higher", "share of the set that lies where real images lie"),
+    Column("recall", "recall", "higher", "share of the real images that lie where the set lies"),
+    Column("density", "density", "nearer", "how closely real images surround those of the set"),
+    Column("coverage", "coverage", "higher", "share of the real images that have an image of the set close by"),
+    Column("confident", f"confident (p ≥ {CONFIDENT})", "nearer", "share that the classifier is nearly certain about"),
+    Column("agreement", "agree with label", "higher", "share that the classifier takes for their label"),
+)
 
 NOTE = (
     "FID and KID are in the features of the project's own classifier: they are not Inception figures and compare only "
@@ -114,8 +136,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _sets(rows: list[dict[str, Any]]) -> Rows:
     shares = ("precision", "recall", "density", "coverage", "confident")
-    head = ["set", "FID", "FID∞", "KID x 1000", *shares[:-1], f"confident (p ≥ {CONFIDENT})", "agree with label"]
-    return [head] + [
+    return [["set", *(column.head for column in COLUMNS)]] + [
         [
             row["title"],
             f"{row['fid']:.3f}",

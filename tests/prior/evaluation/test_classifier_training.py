@@ -90,7 +90,7 @@ def test_the_loop_gets_the_seed_and_what_it_may_see(tmp_path: Path, monkeypatch:
     assert (run.seed, run.resume, run.folder, other.seed) == (7, True, tmp_path / "classifier", 8)
     assert run.settings.items() >= {"num_epochs": 2, "seed": 7, "width": 4, "data": digest(mnist().train)}.items()
     assert (watched.model.config, other.folder) == (ClassifierConfig(), None)  # only the accuracy is kept
-    for found, expected in ((saved.data, mnist().train), (watched.data, split), (watched.validation, split.first(500))):
+    for found, expected in ((saved.data, mnist().train), (watched.data, split), (watched.validation, split.first(100))):
         assert all(map(torch.equal, found, expected))
     log: Any = SimpleNamespace(graph=lambda model, inputs: graphs.append((model.training, inputs[0].clone())))
     torch.manual_seed(7)

@@ -12,7 +12,7 @@ from prior.codes import extract
 from prior.evaluation import classifier, figures, measure, memorisation, metrics, report, sets
 from prior.evaluation.classifier_training import ClassifierTraining
 from prior.independent import baselines, nats_by_position, unigram
-from prior.likelihood import label_log_joint, mixture_nats_per_map
+from prior.likelihood import label_log_joint, mixture_nats_per_map, nats_of_codes
 from prior.sampling import GUIDANCE
 from prior.train import evaluate_prior
 from tests import helpers
@@ -69,15 +69,17 @@ def test_the_likelihood_is_that_of_the_maps_and_without_a_label_the_mixtures() -
     sizes = {"train": 50, "validation": 15, "test": 20}
     splits = {name: helpers.make_codes(num, prior, num) for name, num in sizes.items()}
     train = helpers.make_codes(90, prior, 90)
-    assert figures.measure_likelihood(prior, splits, train) == {  # beside the unigram of all training maps
-        name: evaluate_prior(prior, codes) | baselines(train, codes, 5) | {"num_maps": sizes[name]}
-        for name, codes in splits.items()
-    }
+    likelihood, nats = figures.measure_likelihood(prior, splits, train)
+    for name, codes in splits.items():  # beside the unigram of all training maps
+        expected = evaluate_prior(prior, codes) | baselines(train, codes, 5) | {"num_maps": sizes[name]}
+        assert likelihood.pop(name) == pytest.approx(expected)
+        assert torch.equal(nats[name], nats_of_codes(prior, *codes))
+    assert not likelihood
     maps, labels = splits["train"]
     right = label_log_joint(prior, maps, info.class_frequencies).argmax(dim=1) == labels  # by Bayes' rule
-    nats = mixture_nats_per_map(prior, maps, info.class_frequencies).mean().item() / 6
-    expected = {"num_maps": 50, "nats_per_code": pytest.approx(nats), "accuracy": right.double().mean().item()}
-    assert figures.measure_without_label(prior, splits["train"], info) == expected
+    mixture = mixture_nats_per_map(prior, maps, info.class_frequencies).mean().item() / 6
+    expected = {"num_maps": 50, "nats_per_code": pytest.approx(mixture), "accuracy": right.double().mean().item()}
+    assert figures.measure_without_label(prior, splits["train"], nats["train"], info) == expected
 
 
 def setting(num_classes: int) -> tuple[list[nn.Module], DatasetInfo, dict[str, Split]]:
@@ -134,7 +136,7 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
         found = measure.evaluate(vqvae, prior, given, info, splits, num_samples=101, guidance=guidance, seed=seed)
     assert [bar.n for bar in Bar.bars] == [bar.total for bar in Bar.bars]
     assert min(bar.moves for bar in Bar.bars) >= 2  # each long part moves its own
-    assert len(Bar.bars) == 5 + (num_classes > 0) + with_classifier
+    assert len(Bar.bars) == 4 + (num_classes > 0) + with_classifier
     assert all(module.training for module in models.modules())
     assert torch.equal(torch.get_rng_state(), state)
     models.eval()
@@ -152,20 +154,22 @@ def test_every_part_is_measured_on_what_it_is_about_in_the_last_split(
     compared = (test.images, found.sets[1].images)
     known = (splits["train"].images, all_codes.indices)
     copies, pairs = memorisation.measure_memorisation(*compared, found.sets[2], *known, maps)
+    likelihood, nats = figures.measure_likelihood(prior, codes, all_codes)
     expected = {
         "origin": {"split": last, "num_samples": 101, "seed": seed, "guidance": guidance},
         "class_names": list(info.class_names),
         "rows": [figures.measure_set(s, model, features, info, seed) for s in expected_sets if with_classifier],
         "stage_one": evaluate_vqvae(vqvae, test, VQVAETraining()) | {"num_images": 101},
-        "likelihood": figures.measure_likelihood(prior, codes, all_codes),
+        "likelihood": likelihood,
         "memorisation": copies,
     }
     expected["stage_one"]["ssim"] = figures.structural_similarity(*compared)
     if num_classes > 0:
-        expected["without_label"] = figures.measure_without_label(prior, codes[last], info)
+        expected["without_label"] = figures.measure_without_label(prior, codes[last], nats[last], info)
     assert found.figures == expected
-    assert torch.equal(found.closest, pairs)
-    assert found.nats.mean().item() == pytest.approx(expected["likelihood"][last]["nats_per_code"], rel=1e-5)
+    for closest, other in zip(found.closest, pairs, strict=True):
+        assert torch.equal(closest.images, other.images)
+    assert torch.equal(found.nats, nats[last].mean(dim=0))
     assert torch.equal(found.unigram_nats, nats_by_position(frequencies, maps))
     assert torch.equal(found.code_counts, count_codes(maps, 16))
 
@@ -210,7 +214,7 @@ def test_arguments_out_of_range_and_a_classifier_of_other_images_are_refused() -
 def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recorded(*arguments: Any, **options: Any) -> measure.Evaluation:
         calls.append((list(arguments[4]), options))
-        return measure.Evaluation({"origin": {}}, [], samples, *[torch.zeros(0)] * 4)
+        return measure.Evaluation({"origin": {}}, [], samples, [], *[torch.zeros(0)] * 3)
 
     (calls, scored), pair, file = ([], []), helpers.save_pair(tmp_path), tmp_path / "c.safetensors"
     samples, data = sets.ImageSet("", "", **make_split(100)._asdict()), replace(mnist(), info=pair.info)
@@ -222,13 +226,14 @@ def test_the_test_split_is_not_read_for_validation(tmp_path: Path, monkeypatch: 
     options = {"seed": 5, "save": lambda evaluation: saved.append(len(scored))}
     result = measure.evaluate_pair(pair, file, lambda info: data, accuracy_score=True, **options).figures
     prints = {"vqvae": pair.vqvae_header, "prior": pair.prior_header, "classifier": header}
-    assert result["origin"] == {stage: part.fingerprint for stage, part in prints.items()}
+    others = {"dataset": "made", "torch": torch.__version__}
+    assert result["origin"] == {**others, **{stage: part.fingerprint for stage, part in prints.items()}}
     assert (result["classification_accuracy_score"], saved) == ({"samples": 1, "real": 2}, [0])
     for source, (split, measured, _, *rest) in zip((make_split(100), data.train), scored, strict=True):
         assert all(map(torch.equal, split, source.first(100)))  # as many of both
         assert (len(measured.labels), *rest) == (120, ClassifierTraining(), data.deformation, 5, helpers.CPU)
     result = measure.evaluate_pair(pair, None, lambda info: data, seed=5).figures
-    assert result["origin"].keys() == {"vqvae", "prior"}
+    assert result["origin"].keys() == {"vqvae", "prior", "dataset", "torch"}
     del calls[1]
     measure.evaluate_pair(pair, file, lambda info: unread, split="validation", num_samples=107, guidance=3, seed=2)
     assert calls == [

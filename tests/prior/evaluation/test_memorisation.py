@@ -1,12 +1,13 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from prior.evaluation import memorisation, metrics
-from prior.evaluation.memorisation import measure_memorisation
+from prior.evaluation.memorisation import ClosestPairs, measure_memorisation
 from prior.evaluation.sets import ImageSet
 from tests.helpers import make_prior, make_split, random_maps
 from tests.prior.evaluation.test_metrics import all_distances
@@ -16,15 +17,17 @@ SMOOTH = REAL // 2 + 64  # closer to everything, as reconstructions are
 MAPS = random_maps(90, make_prior((2, 3)))
 
 
-def measure(samples: Tensor, indices: Tensor = MAPS) -> tuple[dict[str, Any], Tensor]:
-    return measure_memorisation(REAL, SMOOTH, ImageSet("s", "s", samples, indices), TRAIN, MAPS, MAPS[:7])
+def measure(
+    samples: Tensor, indices: Tensor = MAPS, labels: Tensor | None = None
+) -> tuple[dict[str, Any], list[ClosestPairs]]:
+    return measure_memorisation(REAL, SMOOTH, ImageSet("s", "s", samples, indices, labels), TRAIN, MAPS, MAPS[:7])
 
 
 def test_distances_p_values_and_the_closest_pairs_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_AT_ONCE", 9)
     monkeypatch.setattr(metrics, "REFERENCE_AT_ONCE", 40)
     monkeypatch.setattr(memorisation, "AT_ONCE", 40)
-    found, pairs = measure(SAMPLES)
+    found, [pairs] = measure(SAMPLES)
     sets = {"real": REAL, "reconstructions": SMOOTH, "samples": SAMPLES}
     distances = {name: all_distances(images, TRAIN) / 255 / 60**0.5 for name, images in sets.items()}  # rms in 0..1
     least = {name: values.min(axis=1) for name, values in distances.items()}
@@ -37,8 +40,18 @@ def test_distances_p_values_and_the_closest_pairs_are_those_of_all_pairs(monkeyp
         assert found[name][0] == pytest.approx(share, abs=1e-3)
     assert found["num_images"] == 70
     order = least["samples"].argsort()[:50]  # the closest first
-    assert torch.equal(pairs[:, 0], SAMPLES[order])
-    assert torch.equal(pairs[:, 1], TRAIN[distances["samples"].argmin(axis=1)[order]])
+    nearest = TRAIN[distances["samples"].argmin(axis=1)]
+    assert torch.equal(pairs.images[:, 0], SAMPLES[order])
+    assert torch.equal(pairs.images[:, 1], nearest[order])
+    assert pairs.label is None
+    np.testing.assert_allclose(pairs.distances, least["samples"][order], atol=1e-5)
+    labels = torch.arange(70) % 3 * 2  # there are none of class 1 and 3, and of class 5 there are three
+    labels[:3] = 5
+    of_each_class = measure(SAMPLES, labels=labels)[1]
+    assert [(pairs.label, len(pairs.distances)) for pairs in of_each_class] == [(0, 5), (2, 5), (4, 5), (5, 3)]
+    for pairs in of_each_class:
+        closest = [n for n in least["samples"].argsort() if labels[n] == pairs.label][:5]
+        assert torch.equal(pairs.images, torch.stack([SAMPLES[closest], nearest[closest]], dim=1))
 
 
 def test_copied_images_and_maps_are_found_out_and_held_out_images_are_not_accused() -> None:
