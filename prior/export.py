@@ -40,7 +40,7 @@ NUM_DRAWN = 20  # of the largest batch are drawn from the prior, and the others 
 
 
 class ImageEncoder(nn.Module):
-    """Images (B, C, S, T) in 0..1 to indices (B, H, W): `Pair.encode` without its branches, which a graph cannot hold."""
+    """Images (B, C, S, T) in 0..1 to indices (B, H, W): `Pair.encode` without branches, which a graph cannot hold."""
 
     def __init__(self, vqvae: VQVAE) -> None:
         super().__init__()
