@@ -1,4 +1,4 @@
-"""The pair for other programs: encoder, decoder and the prior's logits, as ONNX (.onnx) or of torch.export (.pt2).
+"""The pair for other programs: encoder, decoder and the prior's logits, as ONNX (.onnx) or torch programs (.pt2).
 
     encoder    images (B, C, S, T) in 0..1 -> indices (B, H, W)
     decoder    indices (B, H, W) -> images (B, C, S, T) in 0..1
@@ -40,7 +40,7 @@ NUM_DRAWN = 20  # of the largest batch are drawn from the prior, and the others 
 
 
 class ImageEncoder(nn.Module):
-    """Images (B, C, S, T) in 0..1 to indices (B, H, W): `Pair.encode` without the branches, which no graph can have."""
+    """Images (B, C, S, T) in 0..1 to indices (B, H, W): `Pair.encode` without branches, which a graph cannot hold."""
 
     def __init__(self, vqvae: VQVAE) -> None:
         super().__init__()
@@ -80,7 +80,10 @@ class Network(NamedTuple):
 
 
 def export_pair(
-    pair: Pair, folder: Path, format: Format = "onnx", progress: Callable[[int], object] = lambda num_done: None
+    pair: Pair,
+    folder: str | Path,
+    format: Format = "onnx",
+    progress: Callable[[int], object] = lambda num_done: None,
 ) -> dict[str, float]:
     """Write the networks of a pair, in float32, to a new folder. Each is checked first, and all are written or none.
 
@@ -91,9 +94,12 @@ def export_pair(
         the largest difference of each network from the pair: of the decoder's images, of the prior's logits, and of
         the distances from the encoder's vectors to the codes that it chose, where 0 means that no other was chosen.
     Raises:
-        InputError: a package is missing, the folder exists already or cannot be written, or a network differs by more
-            than `TOLERANCE`.
+        InputError: another format, a package is missing, the folder exists already or cannot be written, or a network
+            differs by more than `TOLERANCE`.
     """
+    folder = Path(folder)
+    if format not in ENDINGS:
+        raise InputError(f"expected `format` to be onnx or torch, found {format!r:.80}; choose one of the two")
     if format == "onnx":
         require_extra("export", "onnx", "onnxruntime", "onnxscript")
     if folder.exists() or folder.is_symlink():

@@ -191,6 +191,11 @@ def test_what_is_there_already_stays_and_is_refused_first(
     assert (place.is_symlink(), place.is_dir(), place.is_file()) == (kind == "link", kind == "folder", kind == "file")
 
 
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected `format` to be onnx or torch, found 'tflite'"):
+        export_pair(save_pair(tmp_path, (1, 8, 8)), str(tmp_path / "exported"), "tflite")  # type: ignore[arg-type]
+
+
 def test_onnx_is_refused_first_where_its_packages_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setattr("prior.export._networks", None)
