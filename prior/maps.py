@@ -1,10 +1,12 @@
-"""Code maps: drawn from the prior, the labels that known codes suggest, and a check of what a caller gives."""
+"""Code maps: drawn from the prior, seen as they fill, the labels that known codes suggest, and checks of given maps."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prior.incremental import IncrementalLogits
@@ -14,6 +16,7 @@ from prior.model import GatedPixelCNN
 from prior.sampling import invert_cumulative, sample_codes
 from vqvae.compute import eval_mode, memory_for, require_samples
 from vqvae.errors import InputError, plain
+from vqvae.pictures import GREY
 
 
 def draw_maps(
@@ -58,6 +61,26 @@ def draw_maps(
             **options,
         )
     return maps.clone()  # outside of inference mode, so that the maps can be used for anything
+
+
+def filling(maps: Tensor) -> Iterator[Tensor]:
+    """Maps (N, H, W) as they were while they were drawn: first with no code, then with one more each time, H W + 1 of
+    (N, H, W), in which -1 stands where a code was not drawn yet.
+
+    A map is drawn in raster order, and no code changes later. So a finished map shows every stage of its drawing.
+    """
+    places = torch.arange(maps[0].numel()).view(maps.shape[1:])
+    return (torch.where(places < num_drawn, maps, -1) for num_drawn in range(places.numel() + 1))
+
+
+def hide_unknown(images: Tensor, maps: Tensor) -> Tensor:
+    """Decoded images (N, C, S, T) in 0..1, grey at the cells of their maps (N, H, W) where a code is unknown, -1.
+
+    A pixel depends on codes around its cell too, so the pixels beside a grey cell know a little of what was decoded
+    there.
+    """
+    unknown = F.interpolate((maps < 0)[:, None].float(), images.shape[2:])  # (N, 1, S, T), each cell enlarged
+    return images.where(unknown == 0, GREY)
 
 
 def draw_labels_given(
