@@ -1,4 +1,5 @@
-"""What a person types: this program's name, a command quoted for a shell, flags for Python; and the version to tell."""
+"""What a person types: this program's name, a command quoted for a shell, flags for Python, what to install; and the
+version to tell."""
 
 import ast
 import os
@@ -10,8 +11,10 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
+from vqvae.errors import InputError
 from vqvae.storage.shipped import HOME
 
 PACKAGE = "vqvae-pixelcnn-mnist"
@@ -52,6 +55,24 @@ def command_line(*words: object) -> str:
     """A command as it is typed into the user's shell: PowerShell or cmd on Windows, or else one such as bash."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if os.name == "nt" else " ".join(map(_quoted, texts))
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Refuse to go on without the packages of an extra (pyproject.toml). None of them is imported.
+
+    Args:
+        modules: the names that its packages are imported by.
+    Raises:
+        InputError: some are not installed. It says what to type.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        clone = "." if HOME.samefile(os.curdir) else HOME
+        where = ("-e", f"{clone}[{extra}]") if (HOME / "pyproject.toml").is_file() else (f"{PACKAGE}[{extra}]",)
+        raise InputError(
+            f"expected the packages of the extra {extra}, found no {', '.join(missing)}; install them with: "
+            f"{command_line('pip', 'install', *where)}"
+        )
 
 
 def tell_version(asked: bool) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vqvae.shell import PACKAGE, command_line, program, tell_version
+from tests.helpers import ROOT
+from vqvae.errors import InputError
+from vqvae.shell import PACKAGE, command_line, program, require_extra, tell_version
 
 WORDS = ["plain", "", "my run", "it's", "$HOME `x` \\", "-x", "café ∞", "new\nline\x1b[2J", "not utf-8 \udcff", "\\'"]
 
@@ -55,3 +57,22 @@ def test_the_version_is_that_of_this_installation_and_not_of_another(
     with pytest.raises(SystemExit):
         tell_version(True)
     assert capsys.readouterr().out == f"{PACKAGE} 1.2.3\n"
+
+
+def test_what_an_extra_lacks_is_told_with_what_to_type_in_a_clone_elsewhere_and_without_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
+    for folder, home, line in (
+        (ROOT, ROOT, "pip install -e '.[export]'"),
+        (tmp_path, ROOT, f"pip install -e '{ROOT}[export]'"),
+        (ROOT, tmp_path, f"pip install '{PACKAGE}[export]'"),
+    ):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("vqvae.shell.HOME", home)
+        with pytest.raises(InputError) as refused:
+            require_extra("export", "json", "onnx", "no_such_package")
+        assert str(refused.value) == (
+            f"expected the packages of the extra export, found no onnx, no_such_package; install them with: {line}"
+        )
+    require_extra("export", "json")
