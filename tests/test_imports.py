@@ -26,11 +26,13 @@ RANKING = """
     prior.codes prior.independent prior.likelihood prior.maps prior.pair prior.completions prior.scores prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables
-    prior.evaluation.measure prior.evaluation.report prior.evaluation.comparison prior
+    prior.evaluation.measure prior.evaluation.report prior.evaluation.comparison
+    prior.demo prior.demo.drawing prior.demo.analysis prior.demo.codebook prior.demo.html prior.demo.page
+    prior.demo.serve prior
     cli
 """.split()
 MAX_LINES = 300
-MAX_LINES_OF_CLI = 480
+MAX_LINES_OF_CLI = 501
 
 
 def module_name(path: Path) -> str:
