@@ -7,13 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
+from prior.demo.answers import Answers
 from prior.pair import Pair
 from vqvae.console import say
 from vqvae.data.dataset import Dataset
 from vqvae.errors import InputError
 
 # Read by Gradio and what it stands on: nothing is sent to anybody, and no proxy is asked for this machine.
-QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "*"}
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OTEL_SDK_DISABLED": "true",
+    "NO_PROXY": "*",
+}
 
 
 def require_address(host: str, port: int) -> None:
@@ -43,7 +49,7 @@ def serving(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) 
     """Inside, the page of a model is served. Gives its address.
 
     Args:
-        load_data: see `page.build_page`.
+        load_data: see `Answers`.
         host, port: see `require_address`.
     """
     with tempfile.TemporaryDirectory(prefix="vqvae-pixelcnn-") as folder:
@@ -52,7 +58,7 @@ def serving(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) 
 
         from prior.demo.page import HERE, build_page
 
-        page = build_page(pair, load_data)
+        page = build_page(Answers(pair, load_data))
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         page.launch(
             server_name=host,
@@ -74,7 +80,7 @@ def serving(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) 
         try:
             yield str(page.local_url).rstrip("/")
         finally:
-            page.close(verbose=False)
+            page.server.should_exit = True  # `page.close()` would wait for visitors whose pages are open
 
 
 def serve(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) -> None:
