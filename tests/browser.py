@@ -6,6 +6,7 @@ prints the seconds from the command to the page, and those from the end of a str
 """
 
 import argparse
+import math
 import shutil
 import socket
 import statistics
@@ -22,17 +23,9 @@ import pytest
 from tests.helpers import FIXTURE, ROOT, SHIPPED
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-THREE = [
-    (0.3, 0.2),
-    (0.5, 0.14),
-    (0.66, 0.24),
-    (0.62, 0.4),
-    (0.45, 0.48),
-    (0.63, 0.56),
-    (0.68, 0.7),
-    (0.54, 0.82),
-    (0.32, 0.8),
-]
+UPPER, LOWER = ([(turn * math.pi / 8) for turn in turns] for turns in (range(-3, 9), range(1, 12)))
+THREE = [(0.46 + 0.18 * math.sin(t), 0.31 - 0.17 * math.cos(t)) for t in UPPER]
+THREE += [(0.46 + 0.21 * math.sin(t), 0.67 - 0.19 * math.cos(t)) for t in LOWER]
 SEVEN = [(0.28, 0.22), (0.5, 0.2), (0.72, 0.2), (0.6, 0.5), (0.5, 0.85)]
 PAIR = ("--vqvae", SHIPPED / "vqvae.safetensors", "--prior", SHIPPED / "prior.safetensors", "--device", "cpu")
 
