@@ -24,7 +24,7 @@ from typer import Argument, Option
 
 from vqvae.console import be_quiet, guard_streams, progress, remark, say
 from vqvae.errors import InputError, Interrupted
-from vqvae.shell import as_typed, command_line, program, tell_version
+from vqvae.shell import as_typed, command_line, program, require_extra, tell_version
 from vqvae.storage.shipped import RECIPES
 from vqvae.threads import choose_threads, spin_briefly
 
@@ -443,6 +443,28 @@ def plot(
 
     plot_runs(runs, check_output(output, ".png"))
     say(f"wrote {output}")
+
+
+@app.command(help="Show the model in a browser page: draw, complete, sample, look at the codes. It needs no network.")
+def demo(
+    host: Annotated[
+        str, Option(help="Who is served: 127.0.0.1 this machine, 0.0.0.0 all that reach it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="Where the page is.")] = 7860,
+    dataset: OtherDataset = None,
+    data_folder: DataFolder = DATA,
+    device: Device = "auto",
+    vqvae: VQVAEFile = None,
+    prior: PriorFile = None,
+) -> None:
+    require_extra("demo", "gradio")
+
+    from prior.demo.serve import require_address, serve
+    from vqvae.data.load import load_like
+
+    require_address(host, port)
+    pair = _load_pair(vqvae, prior, device, None)
+    serve(pair, partial(load_like, pair.info, dataset, data_folder, download=False), host, port)
 
 
 def _load_vqvae(vqvae: File, device: str, output: Path, dataset: str | None = None, images: File = None) -> Any:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from prior.labels import names_of
+from prior.maps import hide_unknown
 from prior.pair import Pair
 from vqvae.codec import decode_images, encode_images
 from vqvae.data.pixels import unit_images
-from vqvae.pictures import GREY
 
 
 class Completions(NamedTuple):
@@ -45,14 +45,10 @@ def complete(
         InputError: an option out of its range, or a label that is no class.
     """
     indices = encode_images(pair.vqvae, images).cpu()
-    height = indices.shape[1]
-    num_rows = height // 2 if num_rows is None else num_rows
-    known = pair.keep_rows(indices, num_rows)
+    known = pair.keep_rows(indices, indices.shape[1] // 2 if num_rows is None else num_rows)
     labels = None if label is None else [label] * len(images)
     drawn = pair.draw_completions(known, num_samples, labels=labels, **options)
-    # A pixel depends on codes around it too, so the last pixels that are shown as kept know a little of what is not.
-    kept = decode_images(pair.vqvae, indices)
-    kept[:, :, num_rows * kept.shape[2] // height :] = GREY
+    kept = hide_unknown(decode_images(pair.vqvae, indices), known)
     of_each = (part.unflatten(0, (len(images), num_samples)) for part in drawn)
     return Completions(unit_images(images), kept, *of_each)
 

@@ -1,0 +1,91 @@
+"""The page, served from this machine: without a network, an account or telemetry."""
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+from prior.demo.answers import Answers
+from prior.pair import Pair
+from vqvae.console import say
+from vqvae.data.dataset import Dataset
+from vqvae.errors import InputError
+
+# Read by Gradio and what it stands on: nothing is sent to anybody, and no proxy is asked for this machine.
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OTEL_SDK_DISABLED": "true",
+    "NO_PROXY": "*",
+}
+
+
+def require_address(host: str, port: int) -> None:
+    """Refuse an address at which this machine cannot serve.
+
+    Raises:
+        InputError: the port is taken, or the host is not one of this machine.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with closing(socket.socket(family, socket.SOCK_STREAM)) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except (socket.gaierror, UnicodeError):
+        raise InputError(
+            f"expected `host` to be an address of this machine, found {host!r:.80}; try `host=127.0.0.1`"
+        ) from None
+    except OSError as error:
+        remedy = f"try `port={port + 1 if port < 65535 else 7860}`"
+        raise InputError(
+            f"expected a free `port` at {host}, found that {port} is not: {error.strerror}; {remedy}"
+        ) from None
+
+
+@contextmanager
+def serving(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) -> Iterator[str]:
+    """Inside, the page of a model is served. Gives its address.
+
+    Args:
+        load_data: see `Answers`.
+        host, port: see `require_address`.
+    """
+    with tempfile.TemporaryDirectory(prefix="vqvae-pixelcnn-") as folder:
+        os.environ |= {**QUIET, "GRADIO_TEMP_DIR": folder}
+        import gradio as gr  # it takes seconds
+
+        from prior.demo.page import HERE, build_page
+
+        page = build_page(Answers(pair, load_data))
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            theme=theme,
+            css_paths=HERE / "page.css",
+            footer_links=[],
+            max_file_size=0,  # pictures come with the requests, and no file is kept
+            state_session_capacity=100,
+            share=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+        )
+        try:
+            yield str(page.local_url).rstrip("/")
+        finally:
+            page.server.should_exit = True  # `page.close()` would wait for visitors whose pages are open
+
+
+def serve(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) -> None:
+    """Serve the page of a model until a signal ends the process: see `serving`."""
+    with serving(pair, load_data, host, port) as address:
+        say(f"demo at {address}; stop it with Ctrl-C")
+        while True:
+            time.sleep(3600)
