@@ -92,7 +92,7 @@ def test_both_stages_train_sample_compare_and_are_measured(data: Dataset, downsa
     figures, page = json.loads(Path("report/metrics.json").read_text()), Path("report/report.html").read_text()
     assert [len(row["agreement_by_class"]) for row in figures["rows"][:1]] == [len(names)] * bool(names)
     assert {"stage_one", "likelihood", "memorisation"} <= figures.keys()
-    assert all(f"<th>{name}</th>" in page for name in names)
+    assert all(f'<th scope="col">{name}</th>' in page for name in names)
     assert ("are left out, because the images have no classes" in out) == (not names)
 
 

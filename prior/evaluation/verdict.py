@@ -14,7 +14,9 @@ RULE_FOR_FEW = (
     f"Fewer than {FEW:,} images are not judged: the smaller the sets, the larger is the FID even of real images, and "
     "the less it says of samples."
 )
-RULE_WITHOUT_FID = "Only a classifier of these images could say how real a sample looks, and there was none."
+RULE_WITHOUT_FID = (
+    "Only a classifier of these images could say how real a sample looks, and there was none. Look at the pictures."
+)
 
 
 class Verdict(NamedTuple):
