@@ -59,7 +59,7 @@ function stroke(event) {
 }
 let later = null; // the next time that the drawing is sent
 
-element.querySelector(".clear").addEventListener("click", () => {
+element.querySelector(".clear")?.addEventListener("click", () => {
   clear();
   fresh = false;
   send(canvas.toDataURL());
