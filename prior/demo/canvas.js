@@ -55,7 +55,7 @@ function stroke(event) {
   later ??= setTimeout(() => {
     later = null;
     send(canvas.toDataURL());
-  }, 100);
+  }, 50);
 }
 let later = null; // the next time that the drawing is sent
 
