@@ -63,7 +63,7 @@ def build_page(answers: Answers) -> gr.Blocks:
             with gr.Row():
                 options: list[Any] = [
                     gr.Dropdown([ANY, *info.class_names], value=ANY, label="Label", visible=has_classes),
-                    gr.Slider(0, 4, guidance, step=0.25, label="Guidance by the label", visible=has_classes),
+                    gr.Slider(0, 4, guidance, step=0.05, label="Guidance by the label", visible=has_classes),
                     gr.Slider(0.1, 2, 1, step=0.05, label="Temperature: below 1 safer, above 1 wilder"),
                 ]
             with gr.Row():
