@@ -55,11 +55,11 @@ function stroke(event) {
   later ??= setTimeout(() => {
     later = null;
     send(canvas.toDataURL());
-  }, 100);
+  }, 50);
 }
 let later = null; // the next time that the drawing is sent
 
-element.querySelector(".clear").addEventListener("click", () => {
+element.querySelector(".clear")?.addEventListener("click", () => {
   clear();
   fresh = false;
   send(canvas.toDataURL());

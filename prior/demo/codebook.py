@@ -44,8 +44,8 @@ def count_codes(pair: Pair, images: Tensor | None = None) -> Codebook:
 def find_places(codebook: Codebook, code: int) -> list[tuple[Tensor, int, int]]:
     """Images (C, S, T) in 0..1 with the row and the column of the map where a code is used, one place of each."""
     places = (codebook.indices == code).nonzero().tolist()
-    first = {number: (row, column) for number, row, column in reversed(places)}
-    return [(codebook.images[number], *first[number]) for number in sorted(first)[:MOST_PLACES]]
+    one = {number: (row, column) for number, row, column in places}  # of each image, the last
+    return [(codebook.images[number], *cell) for number, cell in list(one.items())[:MOST_PLACES]]
 
 
 def colours(codebook: Tensor) -> list[tuple[int, int, int]]:

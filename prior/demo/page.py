@@ -35,7 +35,7 @@ def build_page(answers: Answers) -> gr.Blocks:
         with gr.Tab("Draw"):
             gr.Markdown(
                 f"{_to_do(pair)}, or look at what the model drew first. The decoder sees nothing but the codes, so "
-                f"what it draws again shows what they keep. Scribble, and the bits go up: it never learned such codes."
+                f"what it draws again shows what they keep. The stranger a picture is to stage two, the more bits."
             )
             with gr.Row():
                 with gr.Column(scale=3, min_width=240):

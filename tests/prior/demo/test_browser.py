@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.browser import SEVEN, THREE, browser, codes_of, demo, stroke
-from tests.helpers import FIXTURE, mnist
+from tests.helpers import FIXTURE, mnist, save_pair
 from vqvae.pictures import grid_png
 
 pytestmark = [
@@ -137,6 +137,20 @@ def test_several_visitors_get_their_own_answers_and_one_may_leave_in_the_middle(
             stroke(page, points)
         for page, label in zip(pages, ("3", "7"), strict=False):
             wait_for_label(page, label)
+
+
+def test_a_model_of_colour_images_without_classes_has_its_page_too(chromium: Any, tmp_path: Path) -> None:
+    save_pair(tmp_path, (3, 16, 12), 0)
+    pair = ("--vqvae", tmp_path / "vqvae.safetensors", "--prior", tmp_path / "prior.safetensors")
+    with demo(*pair, "--data-folder", "nowhere") as (address, _), chromium.new_context() as context:
+        page = open_page(context, address)
+        page.wait_for_timeout(1000)
+        pixel = "canvas => canvas.getContext('2d').getImageData(9, 9, 1, 1).data[3]"
+        assert page.locator("canvas").evaluate(pixel) == 255  # what the model drew is shown
+        assert not page.locator(".clear").is_visible()
+        open_tab(page, "Sample")
+        page.wait_for_selector(".panels")
+        assert not page.get_by_label("Guidance").first.is_visible()
 
 
 def test_ctrl_c_ends_the_demo_in_its_usual_way_while_a_page_is_open(chromium: Any) -> None:
