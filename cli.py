@@ -227,7 +227,7 @@ def sample(
         model, _ = _load_vqvae(vqvae, device, output)
         arrays = draw_gaussian(model, gaussian_input or "latent", num_samples, seed)
     else:
-        from prior.drawing import require_few, stages
+        from prior.animation import require_few, stages
         from prior.labels import names_of, parse_label, parse_labels
         from prior.sampling import check_options
         from vqvae.pictures import columns_for

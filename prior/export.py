@@ -5,7 +5,7 @@
     prior      indices (B, H, W), labels (B,) -> logits (B, K, H, W)
 
 B is any number of at least 1. Beside the networks, about.json holds what a program needs to know, README.md says it in
-words, and sample.py draws with nothing else. The last two come from the folder `exported`.
+words, and sample.py draws images without this project. The last two come from the folder `exported`.
 """
 
 import io

@@ -47,7 +47,7 @@ def nats_of_codes(
         labels: None stands for `no_label` everywhere.
         progress: called with the number of maps that were scored since the last call.
     """
-    nats = [torch.zeros(0, *prior.map_shape, dtype=torch.float64)]
+    nats = [torch.zeros(0, *prior.map_shape, dtype=torch.float64)]  # all there is where N is 0
     with eval_mode(prior):
         for rows in in_batches(len(indices), maps_at_once(prior)):
             some = indices[rows].to(prior.device).long()

@@ -1,7 +1,6 @@
-"""Code maps: drawn from the prior, seen as they fill, the labels that known codes suggest, and checks of given maps."""
+"""Code maps: drawn from the prior, hidden where codes are unknown, the labels that known codes suggest, and a check."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -61,16 +60,6 @@ def draw_maps(
             **options,
         )
     return maps.clone()  # outside of inference mode, so that the maps can be used for anything
-
-
-def filling(maps: Tensor) -> Iterator[Tensor]:
-    """Maps (N, H, W) as they were while they were drawn: first with no code, then with one more each time, H W + 1 of
-    (N, H, W), in which -1 stands where a code was not drawn yet.
-
-    A map is drawn in raster order, and no code changes later. So a finished map shows every stage of its drawing.
-    """
-    places = torch.arange(maps[0].numel()).view(maps.shape[1:])
-    return (torch.where(places < num_drawn, maps, -1) for num_drawn in range(places.numel() + 1))
 
 
 def hide_unknown(images: Tensor, maps: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The demo in a real browser, for tests/prior/demo/test_browser.py; how fast it is, and its picture for the README.
+"""A real browser for tests, and the demo in it; how fast the demo is, and its picture for the README.
 
     python -m tests.browser [--picture checkpoints/demo.png]
 
@@ -23,7 +23,7 @@ import pytest
 from tests.helpers import FIXTURE, ROOT, SHIPPED
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-UPPER, LOWER = ([(turn * math.pi / 8) for turn in turns] for turns in (range(-3, 9), range(1, 12)))
+UPPER, LOWER = ([turn * math.pi / 8 for turn in turns] for turns in (range(-3, 9), range(1, 12)))
 THREE = [(0.46 + 0.18 * math.sin(t), 0.31 - 0.17 * math.cos(t)) for t in UPPER]
 THREE += [(0.46 + 0.21 * math.sin(t), 0.67 - 0.19 * math.cos(t)) for t in LOWER]
 SEVEN = [(0.28, 0.22), (0.5, 0.2), (0.72, 0.2), (0.6, 0.5), (0.5, 0.85)]

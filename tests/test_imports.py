@@ -25,7 +25,7 @@ RANKING = """
     vqvae.quantizer vqvae.predictor vqvae.model vqvae.codec vqvae.gaussian vqvae.loss vqvae.train vqvae
     prior.kernels prior.model prior.incremental prior.sampling prior.labels
     prior.codes prior.independent prior.likelihood prior.maps prior.pair prior.export
-    prior.exported.sample_onnx prior.exported.sample_torch prior.drawing prior.completions prior.scores prior.train
+    prior.exported.sample_onnx prior.exported.sample_torch prior.animation prior.completions prior.scores prior.train
     prior.evaluation prior.evaluation.metrics prior.evaluation.plots prior.evaluation.sets prior.evaluation.memorisation
     prior.evaluation.classifier prior.evaluation.classifier_training prior.evaluation.figures prior.evaluation.tables
     prior.evaluation.verdict prior.evaluation.measure prior.evaluation.illustrations prior.evaluation.page

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogFormatter
 
 from vqvae.errors import InputError
 from vqvae.storage.files import refusals, write_atomically
-from vqvae.training.history import NAME, read_history
+from vqvae.training.history import METRICS_FILE, read_history
 
 STAGES = ("vqvae", "prior", "classifier")  # from top to bottom
 STYLES: dict[str, dict[str, Any]] = {  # of a figure's curves, by what its name in the log ends in
@@ -57,28 +57,28 @@ def plot_runs(folders: Sequence[Path], output: Path) -> None:
     Raises:
         InputError: there is no log in a folder, it cannot be read, or the picture cannot be written.
     """
-    runs = {str(folder): read_run(folder) for folder in folders}
+    runs = {str(folder): _read_run(folder) for folder in folders}
     stages = [stage for stage in STAGES if any(stage in run for run in runs.values())]
     shown = {stage: _shown([run.get(stage, []) for run in runs.values()]) for stage in stages}
     heights = [1.6 + 3.4 * _num_rows(figures) for figures in shown.values()]  # inches
-    figure = Figure(figsize=(15, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(stages), squeeze=False, height_ratios=heights)[:, 0]
+    picture = Figure(figsize=(15, sum(heights)), layout="constrained")
+    parts = picture.subfigures(len(stages), squeeze=False, height_ratios=heights)[:, 0]
     for stage, part in zip(stages, parts, strict=True):
         _draw_stage(part, shown[stage], {name: run.get(stage, []) for name, run in runs.items()})
         part.suptitle(stage, fontweight="bold")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    picture.savefig(buffer, format="png", dpi=100)
     write_atomically(output, buffer.getvalue())
 
 
-def read_run(folder: Path) -> dict[str, Rows]:
+def _read_run(folder: Path) -> dict[str, Rows]:
     """What a run has logged so far, by stage.
 
     Raises:
         InputError: it has no log, or one that cannot be read.
     """
     with refusals(f"expected to read the logs in {folder}", "make them readable"):
-        files = {stage: folder / stage / NAME for stage in STAGES}
+        files = {stage: folder / stage / METRICS_FILE for stage in STAGES}
         found = {stage: read_history(file) for stage, file in files.items() if file.exists()}
     found = {stage: rows for stage, rows in found.items() if rows}
     if not found:

@@ -31,7 +31,7 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
         images: (N, C, H, W) of 1 or 3 channels, or (N, P, C, H, W), of which P stand one above the other.
         columns: images in a row, where there are as many. None takes those of `columns_for`.
     """
-    # torchvision's make_grid does the same, but its import takes a second of the start of `sample`.
+    # torchvision's make_grid does most of this, but its import takes a second of the start of `sample`.
     columns = min(len(images), columns or columns_for(len(images)))
     scale, num_missing, grey = _scale(images), -len(images) % columns, round(GREY * 255)
     cells = to_bytes(images.cpu())
@@ -162,7 +162,7 @@ def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font or, where it lacks letters of a text, that of matplotlib, which has those of most alphabets."""
     if text.isascii():
         return ImageFont.load_default(size=size)
-    import matplotlib  # takes a part of a second
+    import matplotlib  # which takes part of a second
 
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 

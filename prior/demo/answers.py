@@ -6,7 +6,7 @@ from typing import Any
 
 from prior.completions import complete
 from prior.demo.analysis import analyse, bits_at_random
-from prior.demo.codebook import NUM_IMAGES, colours, count_codes, find_places
+from prior.demo.codebook import NUM_IMAGES, Codebook, collect_codes, colours, find_places
 from prior.demo.drawing import read_url
 from prior.demo.html import refuse, show_analysis, show_codebook, show_completions, show_places, show_samples
 from prior.pair import Pair
@@ -43,7 +43,8 @@ class Answers:
         self.pair, self.load_data = pair, load_data
         self.colours = colours(pair.vqvae.quantizer.codebook.detach())
         self.scale = {"codes at random": bits_at_random(pair)}
-        if "bits_per_image" in pair.prior_header.metrics:  # of the validation split
+        # Of the validation split, with labels told, which save a few bits.
+        if "bits_per_image" in pair.prior_header.metrics:
             self.scale = {"mean of real ones": pair.prior_header.metrics["bits_per_image"], **self.scale}
 
     @answered
@@ -85,11 +86,11 @@ class Answers:
         return show_places(find_places(codebook, code), code, use, self.pair.vqvae.map_shape)
 
     @cached_property
-    def _counted(self) -> Any:
+    def _counted(self) -> tuple[Codebook, str]:
         """The codebook, and what it was counted in, in words."""
         try:
             images = self.load_data().train.images[:NUM_IMAGES]
         except InputError:
             drawn = "pictures that the prior draws, because the training images are not in the data folder"
-            return count_codes(self.pair), drawn
-        return count_codes(self.pair, images), f"{len(images)} training images"
+            return collect_codes(self.pair), drawn
+        return collect_codes(self.pair, images), f"{len(images)} training images"

@@ -10,6 +10,7 @@ from torch import Tensor
 from prior.pair import Pair
 from vqvae.codec import decode_images, encode_images
 from vqvae.data.pixels import unit_images
+from vqvae.quantizer import count_codes
 
 NUM_IMAGES = 2000  # whose codes are counted, at most
 NUM_DRAWN = 200  # images that the prior draws, where there are none
@@ -27,14 +28,14 @@ class Codebook(NamedTuple):
     patches: Tensor  # (n, C, 3s, 3t) in 0..1, the mean of what the decoder draws there
 
 
-def count_codes(pair: Pair, images: Tensor | None = None) -> Codebook:
+def collect_codes(pair: Pair, images: Tensor | None = None) -> Codebook:
     """The codes in images (N, C, S, T) uint8 or, without any, in images that the prior draws."""
     if images is None:
         drawn = pair.draw(NUM_DRAWN)
         unit, indices = drawn.images, drawn.indices
     else:
         unit, indices = unit_images(images), encode_images(pair.vqvae, images).cpu()
-    counts = torch.bincount(indices.flatten(), minlength=pair.vqvae.config.num_codes)
+    counts = count_codes(indices, pair.vqvae.config.num_codes)
     codes = counts.argsort(descending=True, stable=True)[: min(MOST_CODES, int((counts > 0).sum()))]
     uses = counts.double() / counts.sum()
     patches = _mean_patches(decode_images(pair.vqvae, indices), indices, len(counts))
@@ -66,7 +67,7 @@ def _mean_patches(images: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     padded = F.pad(images, (width, width, height, height))
     windows = padded.unfold(2, 3 * height, height).unfold(3, 3 * width, width)  # (N, C, H, W, 3s, 3t)
     sums = torch.zeros(num_codes, images.shape[1], 3 * height, 3 * width)
-    counts = torch.bincount(indices.flatten(), minlength=num_codes).clamp(min=1)
+    counts = count_codes(indices, num_codes).clamp(min=1)
     for some, codes in zip(windows, indices, strict=True):  # image by image, because the windows overlap
         sums.index_add_(0, codes.flatten(), rearrange(some, "c h w s t -> (h w) c s t"))
     return sums / counts[:, None, None, None]

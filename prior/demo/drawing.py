@@ -72,7 +72,7 @@ def centred(picture: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     edge = torch.cat([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).median()
     ink = (edge - ink if edge > 0.5 else ink - edge).clamp(min=0)
     if ink.max() < LEAST_INK:
-        raise InputError("expected a drawing, found an empty picture; draw a digit, or choose a file")
+        raise InputError("expected a drawing, found an empty picture; draw something, or choose a file")
     ink = ink / ink.max()
     rows, columns = ((ink > LEAST_INK).any(dim=axis).nonzero() for axis in (1, 0))
     ink = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]

@@ -42,8 +42,9 @@ def show_analysis(analysis: Analysis, colours: Colours, scale: dict[str, float])
 
 def show_completions(completions: Completions, class_names: Sequence[str]) -> str:
     """One image, what was kept of it, and its completions with their labels."""
-    names = names_of(completions.labels[0], class_names) or [f"{number + 1}" for number in range(6)]
-    drawn = (_picture(image, name) for image, name in zip(completions.completions[0], names, strict=False))
+    images = completions.completions[0]
+    names = names_of(completions.labels[0], class_names) or map(str, range(1, len(images) + 1))
+    drawn = map(_picture, images, names)
     return _row(
         _picture(completions.images[0], "your picture"), _picture(completions.kept[0], "kept"), *drawn, kind="completed"
     )
@@ -92,14 +93,14 @@ def show_places(places: Sequence[tuple[Tensor, int, int]], code: int, use: float
 
 def show_map(indices: Tensor, colours: Colours, caption: str, kind: str = "") -> str:
     """A map of codes (H, W) as coloured cells with their numbers."""
-    numbered = "" if indices.shape[1] <= MOST_COLUMNS else "small"
+    size = "" if indices.shape[1] <= MOST_COLUMNS else "small"
     cells = "".join(
         f'<span style="--n:{place};background:rgb{colours[code]};color:{_readable(colours[code])}" '
         f'title="code {code}">{code}</span>'
         for place, code in enumerate(indices.flatten().tolist())
     )
     return (
-        f'<figure class="coded"><div class="map {kind} {numbered}" style="{_sides(indices)}">{cells}</div>'
+        f'<figure class="coded"><div class="map {kind} {size}" style="{_sides(indices)}">{cells}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from prior.demo.answers import ANY, Answers
+from prior.demo.answers import ANY, NUM_COMPLETIONS, NUM_SAMPLES, Answers
 from prior.demo.drawing import MOST_BYTES, to_url
 from prior.pair import Pair
 from prior.sampling import GUIDANCE
@@ -45,12 +45,12 @@ def build_page(answers: Answers) -> gr.Blocks:
             picture.input(answers.picture, picture, analysis, **LIVE)
         with gr.Tab("Complete") as tab:
             gr.Markdown(
-                "The first rows of your picture's codes are kept, and stage two draws the others, six times: each code "
-                "from those before it, row by row. It never sees the rest of your picture."
+                f"The first rows of your picture's codes are kept, and stage two draws the others, {NUM_COMPLETIONS} "
+                f"times: each code from those before it, row by row. It never sees the rest of your picture."
             )
             with gr.Row():
                 num_rows = gr.Slider(0, rows, rows // 2, step=1, label="Rows of codes to keep", scale=3)
-                seed = _seed("Six others")
+                seed = _seed(f"{NUM_COMPLETIONS} others")
             completions = gr.HTML()
             changes: list[Any] = [tab.select, num_rows.change, seed.change]
             gr.on(changes, answers.completions, [picture, num_rows, seed], completions, **LIVE)
@@ -69,15 +69,15 @@ def build_page(answers: Answers) -> gr.Blocks:
             with gr.Row():
                 options.append(gr.Slider(1, num_codes, num_codes, step=1, label="Top-k: the k likeliest codes"))
                 options.append(gr.Slider(0.05, 1, 1, step=0.05, label="Top-p: the likeliest of this mass"))
-                options.append(_seed("25 others"))
+                options.append(_seed(f"{NUM_SAMPLES} others"))
             samples = gr.HTML()
             changes = [tab.select, *(option.change for option in options)]
             gr.on(changes, answers.samples, options, samples, **LIVE)
         with gr.Tab("Codebook") as tab:
             gr.Markdown(
                 "Every code as the decoder draws it, on average, with a cell's width around it, brightened. The most "
-                "used come first: they are background, nearer or farther from a stroke. Click one to see where it is "
-                "used: the same piece, in different pictures."
+                "used come first: of drawings they are background, nearer or farther from a stroke. Click one to see "
+                "where it is used: the same piece, in different pictures."
             )
             codes, places = gr.HTML(js_on_load=ON_CLICK), gr.HTML()
 

@@ -1,5 +1,6 @@
 """The page, served from this machine: without a network, an account or telemetry."""
 
+import errno
 import os
 import socket
 import tempfile
@@ -26,21 +27,21 @@ def require_address(host: str, port: int) -> None:
     """Refuse an address at which this machine cannot serve.
 
     Raises:
-        InputError: the port is taken, or the host is not one of this machine.
+        InputError: the port is taken or not allowed, or the host is not one of this machine.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with closing(socket.socket(family, socket.SOCK_STREAM)) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
-    except (socket.gaierror, UnicodeError):
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            remedy = f"try `port={port + 1 if port < 65535 else 7860}`"
+            raise InputError(
+                f"expected a free `port` at {host}, found that {port} is not: {error.strerror}; {remedy}"
+            ) from None
         raise InputError(
             f"expected `host` to be an address of this machine, found {host!r:.80}; try `host=127.0.0.1`"
-        ) from None
-    except OSError as error:
-        remedy = f"try `port={port + 1 if port < 65535 else 7860}`"
-        raise InputError(
-            f"expected a free `port` at {host}, found that {port} is not: {error.strerror}; {remedy}"
         ) from None
 
 

@@ -57,7 +57,7 @@ def _choose(image_set: ImageSet, num_classes: int) -> tuple[Tensor, int]:
         positions in the set, row by row, and the number of columns.
     """
     num_shown = min(num_classes, COLUMNS)  # classes
-    columns = COLUMNS // (num_shown or 1) * (num_shown or 1)
+    columns = COLUMNS - COLUMNS % max(num_shown, 1)
     num, labels = NUM_ROWS * columns, image_set.labels
     if labels is not None:
         positions = [(labels == label).nonzero()[: num // num_shown, 0] for label in range(num_shown)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from prior.evaluation.illustrations import draw_all_closest, draw_plots, draw_sets
 from prior.evaluation.measure import Evaluation, evaluate_pair
-from prior.evaluation.page import render_page
+from prior.evaluation.page import FINGERPRINT_LENGTH, render_page
 from prior.evaluation.tables import as_markdown, as_text, describe_origin, notes, tabulate
 from prior.pair import Pair
 from vqvae.data.dataset import Dataset, DatasetInfo
@@ -83,6 +83,6 @@ def _finite(value: Any) -> Any:
 def tables_as_text(evaluation: Evaluation) -> str:
     """All tables for a terminal. Each names the classifier that its figures are taken with, if there is one."""
     classifier = evaluation.figures["origin"].get("classifier")
-    by = f" (classifier {classifier[:12]})" if classifier else ""
+    by = f" (classifier {classifier[:FINGERPRINT_LENGTH]})" if classifier else ""
     tables = [f"\n{title}{by}\n{as_text(rows)}" for title, rows in tabulate(evaluation.figures)]
     return "\n".join([*tables, "", *notes(evaluation.figures)])

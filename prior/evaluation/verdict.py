@@ -32,7 +32,7 @@ def judge(figures: dict[str, Any]) -> Verdict:
     sets = {row["name"]: row for row in figures["rows"]}
     samples = sets.get("pixelcnn_unlabelled") or sets.get("pixelcnn")
     if samples is None:
-        likelihood = list(figures["likelihood"].values())[-1]
+        likelihood = list(figures["likelihood"].values())[-1]  # of the split that is measured
         share = likelihood["nats_per_code"] / likelihood["unigram"]
         sentence = (
             f"The prior predicts a code of held-out images with {likelihood['nats_per_code']:.2f} nats, {share:.0%} of "

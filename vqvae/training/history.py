@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vqvae.storage.files import open_regular
 
-NAME = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

@@ -21,7 +21,7 @@ from torch.utils.tensorboard._pytorch_graph import graph
 
 from vqvae.distributed import is_main
 from vqvae.shell import PACKAGE, version
-from vqvae.training.history import NAME, append_row, start_history
+from vqvae.training.history import METRICS_FILE, append_row, start_history
 
 EVENTS = "events.out.tfevents."  # how the names of TensorBoard's files begin
 VALIDATION = "validation"
@@ -47,7 +47,7 @@ class RunLog:
         if folder is None or not is_main():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.jsonl = folder / NAME
+        self.jsonl = folder / METRICS_FILE
         start_history(self.jsonl, first_step)
         for part in ("", VALIDATION):
             self.events[part] = _open_events(folder / part, first_step)

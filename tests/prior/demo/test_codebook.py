@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prior.demo.codebook import NUM_DRAWN, colours, count_codes, find_places
+from prior.demo.codebook import NUM_DRAWN, collect_codes, colours, find_places
 from prior.pair import Pair
 from tests.helpers import make_split, save_pair
 
@@ -18,7 +18,7 @@ def pair(tmp_path: Path) -> Pair:
 
 def test_codes_are_sorted_by_use_and_their_patches_are_means_of_what_is_decoded(pair: Pair) -> None:
     images = make_split(9, SHAPE).images
-    found = count_codes(pair, images)
+    found = collect_codes(pair, images)
     indices = pair.encode(images / 255)
     assert torch.equal(found.indices, indices)
     torch.testing.assert_close(found.images, images / 255)
@@ -34,7 +34,7 @@ def test_codes_are_sorted_by_use_and_their_patches_are_means_of_what_is_decoded(
 
 
 def test_the_places_of_a_code_are_in_images_that_use_it_one_in_each(pair: Pair) -> None:
-    found = count_codes(pair, make_split(30, SHAPE).images)
+    found = collect_codes(pair, make_split(30, SHAPE).images)
     for code in found.codes.tolist():
         places = find_places(found, code)
         using = (found.indices == code).flatten(1).any(dim=1).nonzero().flatten().tolist()[:12]
@@ -46,7 +46,7 @@ def test_the_places_of_a_code_are_in_images_that_use_it_one_in_each(pair: Pair) 
 
 
 def test_without_images_those_that_the_prior_draws_are_counted(pair: Pair) -> None:
-    assert torch.equal(count_codes(pair).indices, pair.draw(NUM_DRAWN).indices)
+    assert torch.equal(collect_codes(pair).indices, pair.draw(NUM_DRAWN).indices)
 
 
 def test_codes_that_are_close_look_alike() -> None:

@@ -89,7 +89,7 @@ def test_pictures_of_many_kinds_are_read(data: bytes) -> None:
 
 
 CUT = "expected an image, found a file that is cut short, damaged or of another kind"
-BLANK = "expected a drawing, found an empty picture; draw a digit, or choose a file"
+BLANK = "expected a drawing, found an empty picture; draw something, or choose a file"
 NONE = "expected a picture of at most 8 MB, found none; choose a smaller file"
 
 

@@ -1,7 +1,6 @@
 import base64
 import html
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from prior.evaluation.page import render_page
 from prior.evaluation.sets import ImageSet
 from prior.evaluation.tables import COLUMNS, notes, tabulate
 from prior.evaluation.verdict import judge
+from tests.browser import browser
 from tests.helpers import make_split
 from tests.prior.evaluation.test_report import make_evaluation
 
-CHROMIUM = shutil.which("chromium")
 FINGERPRINT = "0123456789abcdef" * 4
 
 
@@ -130,23 +129,20 @@ def test_without_a_classifier_the_page_has_what_is_left() -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no browser; install chromium")
-    with playwright.sync_playwright() as started:
-        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+def chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser_the_page_never_scrolls_sideways_and_is_there_for_everyone(
-    browser: Any, scheme: str, width: int, tmp_path: Path
+    chromium: Any, scheme: str, width: int, tmp_path: Path
 ) -> None:
     file, heard = tmp_path / "report.html", []
     file.write_text(render(make_whole()), encoding="utf-8")
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.on("console", lambda message: heard.append(message.text))
     page.on("pageerror", lambda error: heard.append(str(error)))
     page.on("request", lambda request: request.url.startswith("data:") or heard.append(request.url))

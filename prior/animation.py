@@ -1,11 +1,11 @@
 """How samples come about, code by code, for an animation."""
 
 from collections.abc import Iterator
-from itertools import islice
 
+import torch
 from torch import Tensor
 
-from prior.maps import filling, hide_unknown
+from prior.maps import hide_unknown
 from prior.pair import Samples
 from vqvae.compute import require_whole
 
@@ -23,8 +23,12 @@ def require_few(num_samples: int) -> None:
 
 
 def stages(samples: Samples) -> Iterator[Tensor]:
-    """Images (N, C, S, T) in 0..1, which are grey where the codes are not drawn yet. The last ones are the samples."""
+    """Images (N, C, S, T) in 0..1, which are grey where the codes are not drawn yet. The last ones are the samples.
+
+    Maps are drawn in raster order, and no code changes later. So the finished maps show every stage of their drawing.
+    """
     num_codes = samples.indices[0].numel()
     at_once = -(-num_codes // MOST_STAGES)
-    for maps in islice(filling(samples.indices), num_codes % at_once, None, at_once):
-        yield hide_unknown(samples.images, maps)
+    places = torch.arange(num_codes).view(samples.indices.shape[1:])
+    for num_drawn in range(num_codes % at_once, num_codes + 1, at_once):
+        yield hide_unknown(samples.images, torch.where(places < num_drawn, samples.indices, -1))

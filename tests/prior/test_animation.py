@@ -1,9 +1,31 @@
 import pytest
 import torch
+from torch import Tensor
 
-from prior.drawing import require_few, stages
+from prior.animation import require_few, stages
 from prior.pair import Samples
+from prior.sampling import LogitsAt, sample_codes
 from vqvae.errors import InputError
+
+
+def test_the_stages_are_those_that_the_sampler_went_through() -> None:
+    seen: list[Tensor] = []
+
+    def logits_for(labels: Tensor) -> LogitsAt:
+        def logits_at(indices: Tensor, i: int, j: int) -> Tensor:
+            seen.append(indices.clone())
+            return torch.zeros(len(labels), 6)
+
+        return logits_at
+
+    uniforms, labels = torch.rand(2, 3, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    maps = sample_codes(logits_for, uniforms, labels, no_label=0)
+    images = maps[:, None] / 7  # a pixel for each code, and none that is grey
+    *before, last = stages(Samples(images, maps, labels))
+    assert torch.equal(last, images)
+    for num_drawn, (stage, indices) in enumerate(zip(before, seen, strict=True)):
+        assert torch.equal(stage.flatten(1)[:, :num_drawn], indices.flatten(1)[:, :num_drawn] / 7)
+        assert (stage.flatten(1)[:, num_drawn:] == 0.5).all()
 
 
 @pytest.mark.parametrize(("map_shape", "at_once"), [((7, 7), 1), ((2, 3), 1), ((8, 9), 2), ((16, 16), 4), ((7, 19), 3)])
