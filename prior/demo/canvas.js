@@ -3,6 +3,7 @@ const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d", { 
 const chooser = element.querySelector("input"), notice = element.querySelector("p");
 let fresh = true; // what is shown was not drawn here: the first stroke clears it
 let last = null; // where the pen was
+let later = null; // the next time that the drawing is sent
 
 function clear() {
   pen.fillStyle = "black";
@@ -57,7 +58,6 @@ function stroke(event) {
     send(canvas.toDataURL());
   }, 50);
 }
-let later = null; // the next time that the drawing is sent
 
 element.querySelector(".clear")?.addEventListener("click", () => {
   clear();
