@@ -43,12 +43,12 @@ def judge(figures: dict[str, Any]) -> Verdict:
     ratio = max(samples["fid"], 0) / max(floor["fid"], LEAST)
     is_few = figures["origin"]["num_samples"] < FEW
     sentence = (
-        f"Samples lie {_times(ratio)} as far from the training images as other real images do (FID "
-        f"{samples['fid']:.3f} against {floor['fid']:.3f}), "
+        f"The FID of samples is {_times(ratio)} that of other real images ({samples['fid']:.3f} against "
+        f"{floor['fid']:.3f}), "
     )
     if "agreement" in samples:
         sentence += (
-            f"{samples['agreement']:.1%} of them are taken for their label, as {floor['agreement']:.1%} of real images "
+            f"{samples['agreement']:.1%} of samples are taken for their label, as {floor['agreement']:.1%} of real images "
             f"are, "
         )
     return Verdict(

@@ -33,8 +33,8 @@ def test_the_words_follow_from_the_fid_of_default_samples_over_that_of_real_imag
     found = judge(make_figures(fid))
     assert found.words == words
     assert found.sentence == (
-        f"Samples lie {times} as far from the training images as other real images do (FID {fid:.3f} against 0.100), "
-        "98.1% of them are taken for their label, as 99.6% of real images are, and none of 10,000 repeats the code map "
+        f"The FID of samples is {times} that of other real images ({fid:.3f} against 0.100), "
+        "98.1% of samples are taken for their label, as 99.6% of real images are, and none of 10,000 repeats the code map "
         "of a training image."
     )
     assert found.rule == f"Samples are the set “drawn”. {RULE}"
@@ -45,7 +45,7 @@ def test_few_images_and_images_without_a_classifier_are_not_judged() -> None:
     few, enough = (judge(make_figures(0.3, num=num)) for num in (4999, 5000))
     assert (few.words, enough.words) == ("Not judged", "Close to real images")
     assert few.rule.endswith(RULE_FOR_FEW)
-    assert "3.0 times as far" in few.sentence
+    assert "3.0 times that of" in few.sentence
     without = judge(make_figures(0.3) | {"rows": []})
     assert (without.words, without.rule) == ("Not judged", RULE_WITHOUT_FID)
     assert without.sentence == (
