@@ -48,8 +48,8 @@ def judge(figures: dict[str, Any]) -> Verdict:
     )
     if "agreement" in samples:
         sentence += (
-            f"{samples['agreement']:.1%} of samples are taken for their label, as {floor['agreement']:.1%} of real images "
-            f"are, "
+            f"{samples['agreement']:.1%} of samples are taken for their label, as {floor['agreement']:.1%} of real "
+            f"images are, "
         )
     return Verdict(
         "Not judged" if is_few else _words(ratio),

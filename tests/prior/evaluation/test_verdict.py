@@ -34,8 +34,8 @@ def test_the_words_follow_from_the_fid_of_default_samples_over_that_of_real_imag
     assert found.words == words
     assert found.sentence == (
         f"The FID of samples is {times} that of other real images ({fid:.3f} against 0.100), "
-        "98.1% of samples are taken for their label, as 99.6% of real images are, and none of 10,000 repeats the code map "
-        "of a training image."
+        "98.1% of samples are taken for their label, as 99.6% of real images are, and none of 10,000 repeats the code "
+        "map of a training image."
     )
     assert found.rule == f"Samples are the set “drawn”. {RULE}"
     assert "up to 5 is close, over 50 is far" in RULE
