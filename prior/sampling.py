@@ -157,7 +157,7 @@ def adjust(logits: Tensor, temperature: float, top_k: int | None, top_p: float) 
     """
     if temperature != 1:  # the largest is subtracted first, or the quotient would overflow at low temperatures
         logits = logits.double()
-        logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
+        logits = (logits - logits.amax(dim=1, keepdim=True)) / float(temperature)  # torch takes no long int
     probabilities = logits.softmax(dim=1, dtype=torch.float64)
     if (top_k is None or top_k >= logits.shape[1]) and top_p == 1:
         return probabilities

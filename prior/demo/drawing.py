@@ -18,6 +18,7 @@ from vqvae.errors import InputError
 BOX = 5 / 7  # of the frame; MNIST's digits fill 20 of 28 pixels
 LEAST_INK = 0.3  # of the full range; fainter pixels are the paper's
 MOST_BYTES = 2**23  # of a file
+MOST_SIDE = 1000  # pixels of a picture; a larger one, which may have millions of them, is reduced first
 
 
 def to_url(image: Tensor) -> str:
@@ -68,7 +69,8 @@ def centred(picture: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     Raises:
         InputError: nothing is drawn.
     """
-    ink = picture.double() / 255
+    reduced = Image.fromarray(picture.numpy()).reduce(max(max(picture.shape) // MOST_SIDE, 1))
+    ink = torch.from_numpy(np.array(reduced)).double() / 255
     edge = torch.cat([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).median()
     ink = (edge - ink if edge > 0.5 else ink - edge).clamp(min=0)
     if ink.max() < LEAST_INK:

@@ -12,8 +12,14 @@ from prior.sampling import GUIDANCE
 
 HERE = Path(__file__).parent
 CANVAS_SIDE = 280  # pixels, the longer one
-# One answer at a time is computed, for all visitors. Of a visitor's requests that wait, only the last is kept.
-QUEUED: dict[str, Any] = {"concurrency_id": "model", "trigger_mode": "always_last", "api_visibility": "private"}
+# One answer at a time is computed, for all visitors. Of a visitor's requests that wait, only the last is kept. Gradio
+# hands on whatever is sent, because its own checks would end in a traceback, and those of `Answers` in a sentence.
+QUEUED: dict[str, Any] = {
+    "concurrency_id": "model",
+    "trigger_mode": "always_last",
+    "api_visibility": "private",
+    "preprocess": False,
+}
 LIVE: dict[str, Any] = {"show_progress": "hidden", **QUEUED}
 ON_CLICK = """element.addEventListener("click", (event) => {
   const button = event.target.closest("[data-code]");
@@ -82,12 +88,12 @@ def build_page(answers: Answers) -> gr.Blocks:
             codes, places = gr.HTML(js_on_load=ON_CLICK), gr.HTML()
 
             def places_of(event: gr.EventData) -> str:
-                return answers.places(event.code)
+                return answers.places(getattr(event, "code", None))
 
             tab.select(answers.codes, None, codes, **QUEUED)
             codes.click(places_of, None, places, **LIVE)
         gr.Markdown(f"The model: {pair.origin}. It has learned {info.name}.", elem_classes="model")
-    return page.queue(max_size=100, default_concurrency_limit=1)
+    return page.queue(max_size=100, default_concurrency_limit=1, api_open=False)  # or requests could pass the queue by
 
 
 def _to_do(pair: Pair) -> str:

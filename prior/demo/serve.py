@@ -1,6 +1,7 @@
 """The page, served from this machine: without a network, an account or telemetry."""
 
 import errno
+import logging
 import os
 import socket
 import tempfile
@@ -57,6 +58,7 @@ def serving(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) 
         os.environ |= {**QUIET, "GRADIO_TEMP_DIR": folder}
         import gradio as gr  # it takes seconds
 
+        from prior.demo.drawing import MOST_BYTES
         from prior.demo.page import HERE, build_page
 
         page = build_page(Answers(pair, load_data))
@@ -71,13 +73,16 @@ def serving(pair: Pair, load_data: Callable[[], Dataset], host: str, port: int) 
             css_paths=HERE / "page.css",
             footer_links=[],
             max_file_size=0,  # pictures come with the requests, and no file is kept
-            state_session_capacity=100,
+            state_session_capacity=8,  # Gradio keeps what a visitor sent last, which the page does not need
+            app_kwargs={"max_body_size": 2 * MOST_BYTES},  # of a request, in which a picture takes 4/3 of its bytes
             share=False,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
             enable_monitoring=False,
         )
+        # A request that makes no sense is answered with its status; a traceback here would tell nobody anything.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         try:
             yield str(page.local_url).rstrip("/")
         finally:

@@ -149,6 +149,11 @@ def test_the_coldest_sampling_takes_the_likeliest_code_everywhere() -> None:
         assert torch.equal(sample(5, **options), greedy)
 
 
+def test_the_hottest_sampling_takes_every_code_as_often_as_any_other() -> None:
+    for temperature in (1e300, 10**300):
+        assert torch.equal(sample(20, temperature=temperature), sample(20, temperature=1e200))
+
+
 def test_a_top_p_of_1_and_a_top_k_of_all_codes_are_plain_sampling() -> None:
     plain = sample(20)
     for options in ({"top_p": 1.0}, {"top_k": 6}, {"top_k": 100}, {"temperature": None, "top_k": 6, "top_p": None}):

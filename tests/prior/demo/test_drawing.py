@@ -3,12 +3,14 @@
 import base64
 import io
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from prior.demo.drawing import MOST_BYTES, centred, read_url, to_url
+from prior.demo.drawing import MOST_BYTES, MOST_SIDE, centred, read_url, to_url
 from tests.helpers import mnist
 from vqvae.errors import InputError
 
@@ -120,3 +122,11 @@ def test_the_thinnest_strokes_are_scaled_too() -> None:
     for picture in (torch.zeros(1, 200), torch.zeros(200, 3), torch.zeros(500, 400)):
         picture[:, len(picture[0]) // 2] = 255
         assert centred(picture.to(torch.uint8), SHAPE).max() == 255
+
+
+def test_a_picture_of_many_pixels_is_reduced_before_it_is_computed_with() -> None:
+    large = torch.from_numpy(np.array(drawn().resize((2800, 2800), Image.Resampling.NEAREST)))
+    with patch("prior.demo.drawing.torch.from_numpy", wraps=torch.from_numpy) as computed:
+        found = centred(large, SHAPE)
+    assert all(max(call.args[0].shape) < 2 * MOST_SIDE for call in computed.call_args_list)
+    assert (found.double() - centred(torch.from_numpy(np.array(drawn())), SHAPE)).abs().mean() <= 2

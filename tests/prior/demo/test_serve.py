@@ -1,10 +1,14 @@
+import json
 import socket
 import sys
 from contextlib import closing
+from importlib.util import find_spec
 
 import pytest
 
+from prior.demo.drawing import MOST_BYTES
 from prior.demo.serve import require_address
+from tests.browser import demo
 from tests.helpers import run
 from vqvae.errors import InputError
 
@@ -35,3 +39,28 @@ def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.M
     assert told.status == 1
     assert "found no gradio; install them with: pip install" in told.stderr
     assert "[demo]" in told.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gradio") is None, reason="the extra demo is not installed")
+def test_requests_that_make_no_sense_get_a_sentence_or_a_status_and_leave_no_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import httpx  # comes with gradio
+
+    with demo("--data-folder", "nowhere") as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+        functions = client.get("/config").json()["dependencies"]
+        (samples,) = (function["id"] for function in functions if function["api_name"] == "samples")
+        for wrong in (-1, None, "<b>", 1e300, [1]):
+            session = json.dumps(wrong)
+            sent = {"fn_index": samples, "session_hash": session, "data": ["(any)", 1, 1, 16, 1, wrong]}
+            assert client.post("/gradio_api/queue/join", json=sent).status_code == 200
+            told = client.get("/gradio_api/queue/data", params={"session_hash": session}).text
+            assert "Expected seed " in told
+        join, nobody = "/gradio_api/queue/join", {"session_hash": "nobody", "fn_index": 0, "data": []}
+        assert httpx.post(f"{address}{join}", json={**nobody, "fn_index": 99}).status_code == 500  # closes connections
+        assert client.get("/gradio_api/file=/etc/passwd").status_code == 403
+        assert client.get("/gradio_api/file=pyproject.toml").status_code == 403
+        assert client.post("/gradio_api/run/picture", json={"data": [""]}).status_code == 404  # past the queue
+        assert client.post(join, json={**nobody, "data": ["x" * 2 * MOST_BYTES]}).status_code == 413
+        assert capfd.readouterr().err == ""
