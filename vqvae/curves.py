@@ -22,6 +22,7 @@ STYLES: dict[str, dict[str, Any]] = {  # of a figure's curves, by what its name 
     "validation": {"linewidth": 1.8, "marker": "o", "markersize": 4},
 }
 MOST_COLUMNS = 4
+LARGEST = 1e30  # number that is drawn
 Rows = list[dict[str, float]]
 
 
@@ -57,7 +58,7 @@ def plot_runs(folders: Sequence[Path], output: Path) -> None:
     Raises:
         InputError: there is no log in a folder, it cannot be read, or the picture cannot be written.
     """
-    runs = {str(folder): _read_run(folder) for folder in folders}
+    runs = {str(folder).replace("$", r"\$"): _read_run(folder) for folder in folders}  # $ would begin a formula
     stages = [stage for stage in STAGES if any(stage in run for run in runs.values())]
     shown = {stage: _shown([run.get(stage, []) for run in runs.values()]) for stage in stages}
     heights = [1.6 + 3.4 * _num_rows(figures) for figures in shown.values()]  # inches
@@ -144,8 +145,9 @@ def _draw_panel(panel: Axes, figure: str, runs: dict[str, Rows]) -> None:
 
 
 def _curve(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """The steps at which a figure was logged, and its values."""
+    """The steps at which a figure was logged, and its values, without those that no axis can hold, such as NaN."""
     found = [(row["step"], row[name]) for row in rows if name in row]
+    found = [point for point in found if all(abs(number) < LARGEST for number in point)]
     return [step for step, _ in found], [value for _, value in found]
 
 

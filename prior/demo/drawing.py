@@ -14,6 +14,7 @@ from torch import Tensor
 from vqvae.data.images import fit_pixels, read_image
 from vqvae.data.pixels import to_bytes
 from vqvae.errors import InputError
+from vqvae.storage.files import refusals
 
 BOX = 5 / 7  # of the frame; MNIST's digits fill 20 of 28 pixels
 LEAST_INK = 0.3  # of the full range; fainter pixels are the paper's
@@ -46,7 +47,10 @@ def read_url(url: object, image_shape: tuple[int, int, int]) -> Tensor:
         encoded = base64.b64decode(url.partition(";base64,")[2], validate=True)
     except (binascii.Error, ValueError):
         encoded = b""
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        refusals("expected to keep a picture", "free some space"),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         file = Path(folder) / "picture"
         file.write_bytes(encoded)
         try:

@@ -97,3 +97,12 @@ def test_a_folder_without_a_log_is_refused_in_a_sentence_and_nothing_is_written(
         with pytest.raises(InputError, match=found):
             plot_runs([good, folder], tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_a_folder_named_like_a_formula_and_values_that_no_axis_holds_are_drawn_all_the_same(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    run = log(tmp_path / "$\\frac$" / "prior", *epochs(3.5, float("nan"), float("inf"), -1e308, 1e308))
+    panel = drawn(tmp_path / "a.png", run, monkeypatch=monkeypatch)["nats per code"]
+    assert [list(line.get_ydata()) for line in panel.get_lines() if line.get_label().endswith(": 3.5")] == [[]]
+    assert [3.5] in [list(line.get_ydata()) for line in panel.get_lines()]
