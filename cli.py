@@ -70,9 +70,9 @@ Output = Annotated[Path, PathOption(help=".png for a picture, .npz for arrays.")
 Images = Annotated[Path | None, PathOption(help="Your own: a file, a folder or an .npz [default: a test split's]")]
 NumImages = Annotated[int | None, Option(min=1, help="How many test images [default: the first 100; complete: 8]")]
 Label = Annotated[str | None, Option("--label", help="Draw this class: its name or its number.")]
-Temperature = Annotated[float | None, Option(help="Below 1 safer, above 1 wilder.")]
-TopK = Annotated[int | None, Option(min=1, help="Draw among the k likeliest codes.")]
-TopP = Annotated[float | None, Option(help="Draw among the likeliest codes of this mass.")]
+Temperature = Annotated[float | None, Option(help="Below 1 safer, above 1 wilder [default: 1]")]
+TopK = Annotated[int | None, Option(min=1, help="Draw among the k likeliest codes [default: all]")]
+TopP = Annotated[float | None, Option(help="Draw among the likeliest codes of this mass [default: 1]")]
 
 
 @app.command(help="Stage one: train the VQ-VAE.")

@@ -19,6 +19,7 @@ function show(url) {
     pen.imageSmoothingEnabled = scale < 1;
     pen.drawImage(image, (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);
   };
+  image.onerror = clear;
   image.src = url;
   fresh = true;
 }

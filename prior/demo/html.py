@@ -114,13 +114,14 @@ def refuse(message: str) -> str:
 def _panel(title: str, images: Tensor, indices: Tensor, colours: Colours, caption: str, kind: str = "") -> str:
     """A first map and its picture, above a grid of all. Where the map fills, a veil leaves the picture with it."""
     veil = "".join(f'<span style="--n:{place}"></span>' for place in range(indices.numel())) if kind else ""
+    drawn = to_url(grid(images, COLUMNS) / 255)
     return (
         f'<section class="panel"><h3>{title}</h3><div class="shown pair">'
         f"{show_map(indices, colours, caption, kind)}"
         f'<figure><div class="picture"><img src="{to_url(images[0])}" alt="{title}, decoded"/>'
         f'<div class="veil map" style="{_sides(indices)}">{veil}</div></div>'
         "<figcaption>decoded</figcaption></figure>"
-        f'</div><div class="grid"><img class="{kind}" src="{to_url(grid(images, COLUMNS))}" alt="{title}: all"/></div>'
+        f'</div><div class="grid"><img class="{kind}" src="{drawn}" alt="{title}: all"/></div>'
         "</section>"
     )
 

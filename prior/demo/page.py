@@ -52,7 +52,7 @@ def build_page(answers: Answers) -> gr.Blocks:
         with gr.Tab("Complete") as tab:
             gr.Markdown(
                 f"The first rows of your picture's codes are kept, and stage two draws the others, {NUM_COMPLETIONS} "
-                f"times: each code from those before it, row by row. It never sees the rest of your picture."
+                f"times: a label first, shown below, then each code from those before it. It never sees the rest."
             )
             with gr.Row():
                 num_rows = gr.Slider(0, rows, rows // 2, step=1, label="Rows of codes to keep", scale=3)

@@ -23,4 +23,4 @@ for i, j in np.ndindex(*about["map_shape"]):  # row by row, from the top left
 
 images = decoder.run(None, {"indices": indices})[0]  # (N, C, S, T) float32 in 0..1
 strip = np.concatenate(images, axis=2).transpose(1, 2, 0).squeeze()  # side by side
-Image.fromarray((strip * 255).round().astype(np.uint8)).save("samples.png")
+Image.fromarray((strip * 255).round().astype(np.uint8).repeat(3, 0).repeat(3, 1)).save("samples.png")

@@ -22,4 +22,4 @@ for i, j in torch.cartesian_prod(*map(torch.arange, about["map_shape"])):  # row
 
 images = decoder(indices)  # (N, C, S, T) float32 in 0..1
 strip = torch.cat(list(images), dim=2).permute(1, 2, 0).squeeze()  # side by side
-Image.fromarray((strip * 255).round().byte().numpy()).save("samples.png")
+Image.fromarray((strip * 255).round().byte().numpy().repeat(3, 0).repeat(3, 1)).save("samples.png")

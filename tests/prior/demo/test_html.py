@@ -1,12 +1,17 @@
+import base64
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from prior.demo.analysis import Analysis
 from prior.demo.html import refuse, show_analysis, show_map, show_places, show_samples
 from prior.pair import Samples
 from tests.helpers import save_pair
+from vqvae.pictures import grid
 
 COLOURS = [(0, 0, 0), (250, 250, 250), (10, 200, 10)]
 HOSTILE = "<script>alert('&')</script>"
@@ -54,6 +59,14 @@ def test_every_drawing_of_samples_is_a_new_element_so_that_it_is_seen_to_fill_ag
     names = [re.fullmatch(r"<(drawn-\w+)>.*</\1>", shown)[1] for shown in (first, second)]  # type: ignore[index]
     assert first.replace(names[0], "") == second.replace(names[1], "")
     assert first.count("filling") == 2  # the prior's map and grid, and not those of the noise
+
+
+def test_all_samples_stand_in_a_grid_with_their_own_values(tmp_path: Path) -> None:
+    samples = save_pair(tmp_path, (1, 16, 12)).draw(25)
+    shown = show_samples(samples, samples._asdict(), [(9, 9, 9)] * 16, ())
+    for encoded in re.findall(r'<div class="grid"><img [^>]*base64,([^"]*)"', shown):
+        found = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(encoded)))))
+        assert found.permute(2, 0, 1).equal(grid(samples.images, 5))
 
 
 def test_a_place_is_framed_where_its_cell_is() -> None:
