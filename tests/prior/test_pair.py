@@ -358,5 +358,5 @@ def test_a_pair_is_loaded_from_two_files_or_by_default_from_the_shipped_weights(
     shipped = prior.load()
     assert shipped.files == (SHIPPED / "vqvae.safetensors", SHIPPED / "prior.safetensors")
     assert shipped.sample(labels=range(10)).shape == (10, 1, 28, 28)
-    names = {"GatedPixelCNN", "Pair", "PriorConfig", "PriorTraining", "Samples", "load", "train_prior"}
+    names = {"GatedPixelCNN", "Pair", "PriorConfig", "PriorTraining", "Samples", "export_pair", "load", "train_prior"}
     assert {*prior.__all__} == names
