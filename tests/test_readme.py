@@ -65,7 +65,7 @@ def test_the_readme_has_what_it_is_about() -> None:
 
 
 def test_every_file_that_the_readme_links_to_is_there() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README) + re.findall(r'src="([^"]+)"', README)
     assert len(links) >= 5
     assert [link for link in links if not (ROOT / link).exists()] == []
 
