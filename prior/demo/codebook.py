@@ -31,15 +31,15 @@ class Codebook(NamedTuple):
 def collect_codes(pair: Pair, images: Tensor | None = None) -> Codebook:
     """The codes in images (N, C, S, T) uint8 or, without any, in images that the prior draws."""
     if images is None:
-        drawn = pair.draw(NUM_DRAWN)
-        unit, indices = drawn.images, drawn.indices
+        decoded, indices, _ = pair.draw(NUM_DRAWN)
+        unit = decoded
     else:
         unit, indices = unit_images(images), encode_images(pair.vqvae, images).cpu()
+        decoded = decode_images(pair.vqvae, indices)
     counts = count_codes(indices, pair.vqvae.config.num_codes)
     codes = counts.argsort(descending=True, stable=True)[: min(MOST_CODES, int((counts > 0).sum()))]
     uses = counts.double() / counts.sum()
-    patches = _mean_patches(decode_images(pair.vqvae, indices), indices, len(counts))
-    return Codebook(unit, indices, codes, uses[codes], patches[codes])
+    return Codebook(unit, indices, codes, uses[codes], _mean_patches(decoded, indices, counts)[codes])
 
 
 def find_places(codebook: Codebook, code: int) -> list[tuple[Tensor, int, int]]:
@@ -61,13 +61,16 @@ def colours(codebook: Tensor) -> list[tuple[int, int, int]]:
     return [(red, green, blue) for red, green, blue in (40 + 200 * ranks).round().int().tolist()]
 
 
-def _mean_patches(images: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """The mean patch (K, C, 3s, 3t) around the cells of each code, of images (N, C, S, T) with maps (N, H, W)."""
+def _mean_patches(images: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+    """The mean patch (K, C, 3s, 3t) around the cells of each code, of images (N, C, S, T) with maps (N, H, W).
+
+    Args:
+        counts: (K,) int64, how often each code is in the maps.
+    """
     height, width = images.shape[2] // indices.shape[1], images.shape[3] // indices.shape[2]
     padded = F.pad(images, (width, width, height, height))
     windows = padded.unfold(2, 3 * height, height).unfold(3, 3 * width, width)  # (N, C, H, W, 3s, 3t)
-    sums = torch.zeros(num_codes, images.shape[1], 3 * height, 3 * width)
-    counts = count_codes(indices, num_codes).clamp(min=1)
+    sums = torch.zeros(len(counts), images.shape[1], 3 * height, 3 * width)
     for some, codes in zip(windows, indices, strict=True):  # image by image, because the windows overlap
         sums.index_add_(0, codes.flatten(), rearrange(some, "c h w s t -> (h w) c s t"))
-    return sums / counts[:, None, None, None]
+    return sums / counts.clamp(min=1)[:, None, None, None]
