@@ -55,7 +55,12 @@ def columns_for(num: int, cycle: int = 1) -> int:
         cycle: after so many the images repeat, so that each column shows the same where that is possible.
     """
     step = cycle if cycle <= COLUMNS else 1
-    return min(range(COLUMNS // step * step, COLUMNS // 2 - 1, -step), key=lambda columns: -num % columns)
+    return min(range(whole_cycles(step), COLUMNS // 2 - 1, -step), key=lambda columns: -num % columns)
+
+
+def whole_cycles(cycle: int) -> int:
+    """The most columns, up to `COLUMNS`, that are a multiple of a cycle; one cycle where it is longer than that."""
+    return max(COLUMNS // cycle, 1) * cycle
 
 
 def grid_png(images: Tensor, columns: int | None = None, captions: Sequence[str] = ()) -> bytes:

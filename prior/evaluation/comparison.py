@@ -20,7 +20,7 @@ from vqvae.data.dataset import Dataset, require_same_kind
 from vqvae.data.pixels import unit_images
 from vqvae.errors import InputError
 from vqvae.gaussian import gaussian_images, gaussian_latents
-from vqvae.pictures import COLUMNS, columns_for, save_sheet
+from vqvae.pictures import columns_for, save_sheet, whole_cycles
 from vqvae.quantizer import codes_used, count_codes
 from vqvae.storage.files import write_arrays
 
@@ -136,7 +136,7 @@ def first_of_each_class(labels: Tensor, num_samples: int | None, num_classes: in
     fewest = int(torch.bincount(labels, minlength=columns).min())
     if fewest == 0:
         raise InputError("expected test images of every class, found none of some; choose data that has some of each")
-    three_rows = NUM_ROWS * max(COLUMNS // columns * columns, columns)
+    three_rows = NUM_ROWS * whole_cycles(columns)
     num_samples = min(three_rows, fewest * columns) if num_samples is None else num_samples
     num_rows = min(max(num_samples // columns, 1), fewest)
     if num_samples != num_rows * columns:

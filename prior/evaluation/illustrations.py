@@ -11,7 +11,7 @@ from prior.evaluation.plots import plot_code_usage, plot_heat_maps
 from prior.evaluation.sets import ImageSet
 from prior.labels import names_of
 from vqvae.data.pixels import unit_images
-from vqvae.pictures import COLUMNS, grid_png
+from vqvae.pictures import COLUMNS, grid_png, whole_cycles
 
 NUM_SHOWN = 100  # of each set, in a picture of its own
 NUM_ROWS = 2  # of each set, side by side with others
@@ -57,7 +57,7 @@ def _choose(image_set: ImageSet, num_classes: int) -> tuple[Tensor, int]:
         positions in the set, row by row, and the number of columns.
     """
     num_shown = min(num_classes, COLUMNS)  # classes
-    columns = COLUMNS - COLUMNS % max(num_shown, 1)
+    columns = whole_cycles(max(num_shown, 1))
     num, labels = NUM_ROWS * columns, image_set.labels
     if labels is not None:
         positions = [(labels == label).nonzero()[: num // num_shown, 0] for label in range(num_shown)]
